@@ -1,0 +1,182 @@
+"""The recipe's schema: every field of the model, the stages and the evaluation, described once, on the field."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+STRATEGIES = ("connector", "layernorm", "layernorm-simple", "attn-qv", "attn-mlp", "lora", "full")
+PARTS = (
+    *("norms", "final_norm", "qk_norms", "vision_norms", "connector", "embed", "head"),
+    *("attn_qv", "mlp", "llm", "lora", "bias"),
+)
+BENCHMARKS = ("pope", "mme", "vqav2", "coco", "flickr30k", "text")
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelRecipe(Node):
+    """Either `llm` and `vision` (assembled into a LLaVA model) or `path` (an existing MLLM)."""
+
+    llm: str | None = Field(None, description="text LLM: folder or hub id")
+    vision: str | None = Field(None, description="vision encoder: folder or hub id")
+    connector: Literal["linear", "mlp"] = Field("mlp", description="linear (the paper's) or mlp (LLaVA-1.5's)")
+    path: str | None = Field(None, description="an existing MLLM to tune instead of llm + vision")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the frozen weights")
+
+    @model_validator(mode="after")
+    def one_way(self) -> ModelRecipe:
+        if self.path is None and (self.llm is None or self.vision is None):
+            raise ValueError("give both llm and vision, or path: an existing multimodal model")
+        if self.path is not None and (self.llm is not None or self.vision is not None):
+            raise ValueError("path is an existing multimodal model: leave out llm and vision, or leave out path")
+        return self
+
+
+class DataSource(Node):
+    """One data file of a stage."""
+
+    path: str = Field(description="LLaVA JSON or JSONL file, relative to the current directory")
+    images: str | None = Field(None, description="folder that the file's image names are relative to")
+    kind: str | None = Field(None, description="label such as conversation, detail, reasoning")
+    limit: PositiveInt | None = Field(None, description="use the first N samples")
+    weight: Annotated[float, Field(gt=0, le=100)] = Field(1.0, description="samples per epoch, times the file")
+
+
+class Lora(Node):
+    """Options of the LoRA part."""
+
+    rank: PositiveInt = Field(64, description="rank r of the update")
+    alpha: Annotated[float, Field(gt=0)] = Field(128, description="scale: alpha / rank multiplies the update")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="dropout on the LoRA input")
+
+
+class Stage(Node):
+    """One training pass: data, strategy, optimizer settings."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = Field(description="folder-safe name")
+    strategy: str | list[str] = Field(description="a named strategy, or a list of parts")
+    data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="the files to train on")
+    learning_rate: Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)] = Field(
+        description="peak rate of AdamW"
+    )
+    learning_rates: dict[str, Annotated[float, Field(gt=0, lt=10)]] = Field({}, description="peak rate by part")
+    batch_size: PositiveInt = Field(128, description="samples per optimizer step, over all processes")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="samples per forward pass (default: batch_size up to 16)"
+    )
+    epochs: PositiveInt = Field(1, description="passes over the data; max_steps wins")
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps")
+    warmup_ratio: Share = Field(0.03, description="share of the steps that warm up linearly")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    weight_decay: NonNegative = Field(0.0, description="AdamW's; never on gains and biases")
+    clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 is off")
+    max_length: PositiveInt = Field(2048, description="tokens per sample, image tokens included")
+    checkpoint_activations: bool = Field(
+        False, description="recompute activations in backward: less memory, slower"
+    )
+    lora: Lora = Field(Lora(), description="options of the lora part")
+
+    @model_validator(mode="after")
+    def known_names(self) -> Stage:
+        if isinstance(self.strategy, str):
+            check_name(self.strategy, STRATEGIES, "strategy", hint="or a list of parts: " + ", ".join(PARTS))
+        else:
+            if not self.strategy:
+                raise ValueError("strategy is an empty list of parts: name at least one of " + ", ".join(PARTS))
+            for part in self.strategy:
+                if not part.startswith("regex:"):
+                    check_name(part, PARTS, "part")
+        for part in self.learning_rates:
+            if not part.startswith("regex:"):
+                check_name(part, PARTS, "part")
+        return self
+
+
+class Evaluation(Node):
+    """What `normtune evaluate` and the demo score by default."""
+
+    benchmarks: list[str] = Field(["pope"], description="any of " + ", ".join(BENCHMARKS))
+    data: str = Field(description="folder with the benchmarks in their official layouts")
+    dev: str | None = Field(None, description="the same for development: choose settings here, not on `data`")
+    limit: PositiveInt | None = Field(None, description="items per benchmark")
+
+    @model_validator(mode="after")
+    def known_names(self) -> Evaluation:
+        for name in self.benchmarks:
+            check_name(name, BENCHMARKS, "benchmark")
+        return self
+
+
+class Recipe(Node):
+    """A whole run: the model, the stages, the evaluation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        "run", description="of the run folder"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of the connector, data order and dropout")
+    model: ModelRecipe
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    evaluate: Evaluation | None = None
+    start_from: str | None = Field(None, description="a finished run whose stage 1 (the first stage) is reused")
+    device: str = Field("auto", description="auto, cpu, cuda, mps")
+    threads: PositiveInt | None = Field(None, description="CPU threads (default: torch's own choice)")
+    save_every: Annotated[str | int, Field(union_mode="left_to_right")] = Field(
+        "10m", description="checkpoint every N steps (50) or minutes (10m)"
+    )
+    keep: PositiveInt = Field(2, description="checkpoints kept per stage")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="also log there")
+    bad_samples: Literal["error", "skip"] = Field(
+        "error", description="a sample that cannot be used: stop or skip"
+    )
+    max_bad: Share = Field(0.01, description="with skip: largest share of bad samples")
+
+    @model_validator(mode="after")
+    def consistent(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two stages have the same name: {', '.join(names)}; give each its own")
+        parse_interval(self.save_every)
+        if self.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps", "xpu"):
+            raise ValueError(f"device {self.device!r} is unknown; use auto, cpu, cuda, cuda:0 or mps")
+        return self
+
+
+def parse_interval(value: str | int) -> tuple[int | None, float | None]:
+    """`50` -> (50, None) steps; `10m` -> (None, 600.0) seconds.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    text = str(value).strip()
+    if text.isdigit() and int(text) > 0:
+        return int(text), None
+    try:
+        minutes = float(text[:-1]) if text.endswith("m") else 0.0
+    except ValueError:
+        minutes = 0.0
+    if minutes <= 0:
+        raise ValueError(f"save_every {value!r}: give steps (50) or minutes (10m)")
+    return None, minutes * 60
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """` (did you mean 'x'?)` or nothing."""
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def check_name(name: str, known: Sequence[str], what: str, hint: str = "") -> None:
+    """Raises ValueError, which pydantic reports with the field, if `name` is not one of `known`."""
+    if name not in known:
+        known_text = ", ".join(known) + (f"; {hint}" if hint else "")
+        raise ValueError(f"unknown {what} {name!r}{closest(name, known)}; known: {known_text}")

@@ -1,0 +1,46 @@
+"""Settings that hold for every test: offline, one thread, and the tiny models as session-wide fixtures."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Two cores, tiny matrices: more threads only wait for one another."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with the ChatML template, untied, with a pad token. Do not write into it."""
+    from models import tiny_llm
+
+    return tiny_llm(tmp_path_factory.mktemp("llm") / "llama")
+
+
+@pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP: 32 x 32 pixels, CLS and 16 patch tokens. Do not write into it."""
+    from models import tiny_vision
+
+    return tiny_vision(tmp_path_factory.mktemp("vision") / "clip")
+
+
+@pytest.fixture(scope="session")
+def mllm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama and the tiny CLIP assembled with an MLP connector, saved. Do not write into it."""
+    from models import tiny_mllm
+
+    return tiny_mllm(tmp_path_factory.mktemp("mllm") / "llava")
