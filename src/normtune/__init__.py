@@ -1,3 +1,74 @@
-"""normtune: a text LLM learns to see by tuning the gains of its norms (arXiv 2312.11420)."""
+"""normtune: a text LLM learns to see by tuning the gains of its norms (arXiv 2312.11420).
+
+The public names below are imported when they are first used, so that `import normtune` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "InputError": "errors",
+    "JobError": "errors",
+    "Anatomy": "structure",
+    "anatomy": "structure",
+    "Report": "strategy",
+    "apply": "strategy",
+    "assemble": "model",
+    "load": "model",
+    "save": "model",
+    "save_adapter": "adapter",
+    "load_adapter": "adapter",
+    "remove_adapter": "adapter",
+    "merge": "adapter",
+    "open_tuned": "tuned",
+}
+
+__all__ = [*_HOMES, "evaluate", "train"]
+
+if TYPE_CHECKING:
+    from normtune.adapter import load_adapter, merge, remove_adapter, save_adapter
+    from normtune.errors import InputError, JobError
+    from normtune.model import assemble, load, save
+    from normtune.strategy import Report, apply
+    from normtune.structure import Anatomy, anatomy
+    from normtune.tuned import open_tuned
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'normtune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"normtune.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+def train(recipe: Any, **options: Any) -> Any:
+    """Runs a recipe (file, mapping or Recipe); options and errors as in `normtune.training.train`.
+
+    Paths such as `world:train/align.json` name the files of the embedded world.
+    """
+    from normtune.recipe import load_recipe
+    from normtune.training import override_texts
+    from normtune.training import train as run
+    from normtune.world import resolve
+
+    own = {key: options.pop(key) for key in ("out", "resume", "quiet") if key in options}
+    return run(resolve(load_recipe(recipe, override_texts(options))), **own)
+
+
+def evaluate(model: Any, *, benchmarks: list[str], data: Any, force: bool = False, **options: Any) -> Any:
+    """Scores of a run, adapter or MLLM folder; options and result as in `normtune.evaluation.evaluate_model`."""
+    from normtune.evaluation import evaluate_model
+    from normtune.tuned import open_tuned
+    from normtune.world import resolve_path
+
+    tuned = open_tuned(model, force=force)
+    return evaluate_model(tuned.model, tuned.processor, benchmarks, resolve_path(str(data)), **options)

@@ -1,0 +1,5 @@
+"""Twins of frozen-weight operations that keep less or compute in another dtype; plain torch is the readable truth."""
+
+from normtune.kernels.precision import demote, promote
+
+__all__ = ["demote", "promote"]

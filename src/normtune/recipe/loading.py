@@ -146,9 +146,7 @@ def explain(error: ValidationError, where: str) -> str:
         elif fault["type"] == "missing":
             message = "missing; add it"
         elif "input" in fault and isinstance(fault["input"], str | int | float | bool | None) and field:
-            message = (
-                f"{message}, not {fault['input']!r}" if not fault["type"].startswith("value_error") else message
-            )
+            message = f"{message}, not {fault['input']!r}" if not fault["type"].startswith("value_error") else message
         lines.append(f"{where}: {field}: {message}" if field else f"{where}: {message}")
     more = error.error_count() - len(lines)
     if more > 0:

@@ -66,9 +66,7 @@ class Stage(Node):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = Field(description="folder-safe name")
     strategy: str | list[str] = Field(description="a named strategy, or a list of parts")
     data: Annotated[list[DataSource], Field(min_length=1)] = Field(description="the files to train on")
-    learning_rate: Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)] = Field(
-        description="peak rate of AdamW"
-    )
+    learning_rate: Annotated[float, Field(gt=0, lt=10, allow_inf_nan=False)] = Field(description="peak rate of AdamW")
     learning_rates: dict[str, Annotated[float, Field(gt=0, lt=10)]] = Field({}, description="peak rate by part")
     batch_size: PositiveInt = Field(128, description="samples per optimizer step, over all processes")
     micro_batch_size: PositiveInt | None = Field(
@@ -81,9 +79,7 @@ class Stage(Node):
     weight_decay: NonNegative = Field(0.0, description="AdamW's; never on gains and biases")
     clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 is off")
     max_length: PositiveInt = Field(2048, description="tokens per sample, image tokens included")
-    checkpoint_activations: bool = Field(
-        False, description="recompute activations in backward: less memory, slower"
-    )
+    checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, slower")
     lora: Lora = Field(Lora(), description="options of the lora part")
 
     @model_validator(mode="after")
@@ -117,16 +113,23 @@ class Evaluation(Node):
         return self
 
 
+class Comparison(Node):
+    """How strategies are compared, and what the demo uses."""
+
+    learning_rates: dict[str, Annotated[float, Field(gt=0, lt=10)]] = Field(
+        {}, description="peak rate of the last stage by strategy (parts joined by +); they differ 30-fold"
+    )
+
+
 class Recipe(Node):
     """A whole run: the model, the stages, the evaluation."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        "run", description="of the run folder"
-    )
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field("run", description="of the run folder")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of the connector, data order and dropout")
     model: ModelRecipe
     stages: Annotated[list[Stage], Field(min_length=1)]
     evaluate: Evaluation | None = None
+    compare: Comparison = Field(Comparison(), description="rates for a comparison of strategies")
     start_from: str | None = Field(None, description="a finished run whose stage 1 (the first stage) is reused")
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     threads: PositiveInt | None = Field(None, description="CPU threads (default: torch's own choice)")
@@ -135,10 +138,6 @@ class Recipe(Node):
     )
     keep: PositiveInt = Field(2, description="checkpoints kept per stage")
     trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="also log there")
-    bad_samples: Literal["error", "skip"] = Field(
-        "error", description="a sample that cannot be used: stop or skip"
-    )
-    max_bad: Share = Field(0.01, description="with skip: largest share of bad samples")
 
     @model_validator(mode="after")
     def consistent(self) -> Recipe:

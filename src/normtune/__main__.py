@@ -1,0 +1,5 @@
+"""`python -m normtune`: the command line."""
+
+from normtune.cli import main
+
+main()

@@ -1,0 +1,67 @@
+"""`normtune merge` and `normtune export`: the tuned model as a plain transformers folder."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunArgument = Annotated[str, typer.Argument(help="Run folder or adapter folder.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Also where rounding loses the tuning.")]
+
+
+class Dtype(enum.StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Format(enum.StrEnum):
+    transformers = "transformers"
+
+
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Of the written weights (default: the base's).")]
+
+
+def merge(run: RunArgument, out: OutOption, dtype: DtypeOption = None, force: ForceOption = False) -> None:
+    """Fold the adapter into the base: a plain model that loads without normtune.
+
+    Example: normtune merge runs/world --out merged
+    """
+    write_merged(run, out, dtype, force)
+
+
+def export(
+    run: RunArgument,
+    out: OutOption,
+    format: Annotated[Format, typer.Option(help="Format of the export.")] = Format.transformers,
+    dtype: DtypeOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Write the tuned model in another engine's format; `transformers` is a stock LLaVA folder.
+
+    Example: normtune export runs/world --format transformers --out exported
+    """
+    write_merged(run, out, dtype, force)
+
+
+def write_merged(run: str, out: Path, dtype: Dtype | None, force: bool) -> None:
+    from normtune.cli.output import quiet_libraries
+    from normtune.errors import InputError
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already; choose another --out or remove it")
+    quiet_libraries()
+    import torch
+
+    from normtune.adapter import merge
+    from normtune.model import save
+    from normtune.tuned import open_tuned
+
+    tuned = open_tuned(run)
+    result = merge(tuned.model, getattr(torch, dtype.value) if dtype else None, force=force)
+    save(tuned.model, tuned.processor, out)
+    print(f"{out}: {result}" if result.gains else f"{out}: no gains were tuned in this run")
+    print("loads with transformers: AutoModelForImageTextToText.from_pretrained, AutoProcessor.from_pretrained")

@@ -1,0 +1,312 @@
+"""From an LLM and a vision encoder to a stock LLaVA model, and to and from folders.
+
+Scope: `assemble` joins the parts without changing a weight, `load` reads an existing MLLM, `save` writes a folder
+that transformers loads without this package. Non-scope: what is trained (`strategy.py`), quantized bases.
+Source: LLaVA-1.5 (Liu et al., 2023) as transformers' `LlavaForConditionalGeneration` and `LlavaProcessor`.
+
+The parts are loaded once and moved into a model built on the meta device, so that a 7B model is never in memory twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
+
+from normtune import templates
+from normtune.errors import InputError
+from normtune.pretrained import CHECKED, check_complete, locate, read_config, reading, torch_dtype
+from normtune.probes import Features, check_text, probe_encoder, probe_llm
+from normtune.runlog import atomic_folder
+from normtune.templates import IMAGE_TOKEN
+
+log = logging.getLogger(__name__)
+
+CONNECTORS = {"mlp": "gelu", "linear": "linear"}  # connector -> activation between its two linear layers
+
+
+def assemble(
+    llm: str | os.PathLike[str],
+    vision: str | os.PathLike[str],
+    connector: str = "mlp",
+    dtype: str = "float32",
+    seed: int = 0,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Join a causal LLM and a vision encoder (folders or hub ids) by a new connector; on the CPU, in eval mode.
+
+    All weights of both parts keep their values, cast to `dtype` (float32 or bfloat16). The connector (`mlp`: two
+    layers with GELU; `linear`: one layer, the second a frozen identity) is drawn from `seed`; no global random
+    state is read or changed. `model.notes` lists the choices made where the LLM left one open (chat template, pad
+    token, resized or untied embedding); they are logged as warnings, too.
+
+    Raises InputError: unknown connector or dtype, a part that cannot be read or does not fit stock LLaVA.
+    """
+    if connector not in CONNECTORS:
+        raise InputError(f"connector {connector!r} is not known.\nChoose one of: {', '.join(CONNECTORS)}.")
+    precision = torch_dtype(dtype)
+    notes: list[str] = []
+    with torch.random.fork_rng(devices=[]):
+        language, tokenizer = _load_llm(llm, precision)
+        encoder, image_processor = _load_encoder(vision, precision)
+        features = probe_encoder(encoder, image_processor, os.fspath(vision))
+        if getattr(image_processor, "crop_size", None) is None:
+            # LlavaProcessor reads the image size from here when it is asked for token counts; SigLIP's has none.
+            image_processor.crop_size = {"height": features.height, "width": features.width}
+        expected = probe_llm(language, features.length, os.fspath(llm))
+        image_id = _prepare_tokenizer(tokenizer, os.fspath(llm), notes)
+        _grow(language, max(tokenizer.get_vocab().values()) + 1, notes)
+        model = _join(language, encoder, features, connector, image_id, notes)
+        check_text(model, *expected, os.fspath(llm))
+    _draw_connector(model, precision, seed)
+    model.generation_config = _generation_config(language.generation_config, tokenizer)
+    model.notes = tuple(notes)
+    for note in notes:
+        log.warning(note)
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=features.patch_size,
+        num_additional_image_tokens=features.special,
+        vision_feature_select_strategy=features.strategy,
+        chat_template=tokenizer.chat_template,
+        image_token=IMAGE_TOKEN,
+    )
+    return model.eval(), processor
+
+
+def load(path: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any]:
+    """An existing MLLM (folder or hub id, any image-text-to-text model of transformers) and its processor.
+
+    Weights in `dtype` (float32 or bfloat16), on the CPU, in eval mode. The identity layer of a `linear` connector is
+    frozen again. Raises InputError: no such folder, broken or incomplete files, not an MLLM.
+    """
+    precision = torch_dtype(dtype)
+    source = locate(path, "model")
+    config = read_config(source, "model")
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise InputError(
+            f"model {path} ({config.model_type}) takes no images.\nTo give a text LLM eyes, name it as `llm` and a "
+            "vision encoder as `vision`; `path` is for a model that has both."
+        )
+    with reading("processor of model", source):
+        processor = AutoProcessor.from_pretrained(source)
+    if not all(hasattr(processor, part) for part in ("tokenizer", "image_processor")):
+        raise InputError(
+            f"model {path} has no processor (processor_config.json, tokenizer files).\nCopy or download them as well."
+        )
+    with reading("model", source):
+        model, info = AutoModelForImageTextToText.from_pretrained(source, dtype=precision, **CHECKED)
+    check_complete(info, "model", source)
+    projector = getattr(model.base_model, "multi_modal_projector", None)
+    if getattr(model.config, "projector_hidden_act", None) == CONNECTORS["linear"] and projector is not None:
+        _freeze_identity(projector.linear_2)
+    if isinstance(processor, LlavaProcessor) and processor.patch_size is None:
+        # Early LLaVA folders have no processor_config.json, and today's processor cannot count tokens without it.
+        features = probe_encoder(model.base_model.vision_tower, processor.image_processor, source)
+        processor.patch_size, processor.num_additional_image_tokens = features.patch_size, features.special
+        processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
+    return model.eval(), processor
+
+
+def save(model: Any, processor: Any, folder: str | os.PathLike[str]) -> None:
+    """Write model and processor into `folder`, complete or not at all, as transformers loads them.
+
+    Raises InputError if the folder exists and is not empty, JobError if it cannot be written (disk full); what was
+    written up to then is removed.
+    """
+    with atomic_folder(Path(folder).expanduser()) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        # Also on its own, under the older name: engines on transformers 4 look for it there.
+        processor.image_processor.save_pretrained(temporary)
+
+
+def _load_llm(reference: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Any, Any]:
+    """The causal LM, its weights in `dtype`, and its tokenizer."""
+    source = locate(reference, "LLM")
+    config = read_config(source, "LLM")
+    if config.get_text_config() is not config or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"LLM {reference} ({config.model_type}) is no causal language model for text alone.\n"
+            "Give a text LLM; a model that takes images already goes under `path` in the recipe."
+        )
+    with reading("tokenizer of LLM", source):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    # Some tokenizer classes come up empty, without an error, where their files are missing.
+    if not tokenizer("Hello, world").input_ids or not tokenizer.is_fast:
+        raise InputError(
+            f"LLM {reference} has no usable tokenizer (tokenizer.json).\nCopy or download its tokenizer files as well."
+        )
+    with reading("LLM", source):
+        language, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **CHECKED)
+    check_complete(info, "LLM", source)
+    return language.eval(), tokenizer
+
+
+def _load_encoder(reference: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Any, Any]:
+    """The vision tower (of a two-tower model, that one alone), its weights in `dtype`, and its image processor."""
+    what = "vision encoder"
+    source = locate(reference, what)
+    config = read_config(source, what)
+    config = getattr(config, "vision_config", None) or config
+    encoder_class = MODEL_MAPPING.get(type(config), None)
+    if encoder_class is None or getattr(encoder_class, "main_input_name", None) != "pixel_values":
+        raise InputError(
+            f"{what} {reference} ({config.model_type}) takes no images.\nGive a CLIP, SigLIP or DINOv2 model."
+        )
+    with reading(f"image processor of {what}", source):
+        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    with reading(what, source):
+        encoder, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, **CHECKED)
+    check_complete(info, what, source)
+    return encoder.eval(), image_processor
+
+
+def _prepare_tokenizer(tokenizer: Any, name: str, notes: list[str]) -> int:
+    """Give the tokenizer an image token, a pad token and a template that takes image parts; the image token's id."""
+    # An existing entry keeps its id; this marks it as special, so that no text is ever tokenized into half of it.
+    tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if tokenizer.pad_token is None:
+        # The unknown token first: trainers that mask padding by its id would mask the end of a turn otherwise.
+        spare = tokenizer.unk_token
+        tokenizer.pad_token = spare if spare not in (None, tokenizer.eos_token) else tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise InputError(
+                f"LLM {name}: its tokenizer has no pad, unknown or end-of-text token.\nSet eos_token in its "
+                "tokenizer_config.json."
+            )
+        notes.append(f"the tokenizer has no pad token: padding with {tokenizer.pad_token!r}")
+    template = templates.own_template(tokenizer)
+    if template is None:
+        template = templates.default_template(tokenizer)
+        notes.append("the LLM has no chat template: using Vicuna's (USER: ... ASSISTANT: ...)")
+    tokenizer.chat_template = templates.with_parts(template)
+    templates.check(tokenizer, tokenizer.chat_template, name)
+    return image_id
+
+
+def _grow(language: Any, rows: int, notes: list[str]) -> None:
+    """Add rows to embedding and head where the tokenizer has more ids; the new ones are the mean of the old."""
+    embed, head = language.get_input_embeddings(), language.get_output_embeddings()
+    old = embed.weight.shape[0]
+    if rows <= old:
+        return
+    grown: dict[int, nn.Parameter] = {}  # by the old weight: a tied pair stays one tensor
+    with torch.no_grad():
+        for module in (embed, head):
+            weight = module.weight
+            if id(weight) not in grown:
+                mean = weight.mean(0, keepdim=True, dtype=torch.float32).to(weight.dtype)
+                grown[id(weight)] = nn.Parameter(torch.cat([weight, mean.expand(rows - old, -1)]))
+    # Only now: an id is an identity as long as its object lives.
+    embed.weight, head.weight = grown[id(embed.weight)], grown[id(head.weight)]
+    embed.num_embeddings = head.out_features = rows
+    language.config.vocab_size = rows
+    notes.append(f"the embedding grew from {old} to {rows} rows; the new ones are the mean of the others")
+
+
+def _join(
+    language: Any, encoder: Any, features: Features, connector: str, image_id: int, notes: list[str]
+) -> LlavaForConditionalGeneration:
+    """A LLaVA model around the loaded parts; its connector is still without values, on the meta device."""
+    embed, head = language.get_input_embeddings(), language.get_output_embeddings()
+    tied = head.weight is embed.weight
+    if tied and getattr(language.base_model, "embed_tokens", None) is not embed:
+        # transformers ties LLaVA's head to `embed_tokens` by that name and cannot load a model that has none.
+        tied, head.weight = False, nn.Parameter(embed.weight.detach().clone())
+        notes.append("stock LLaVA cannot tie this LLM's head to its embedding: the head is now a copy")
+    language.config.tie_word_embeddings = tied
+    config = LlavaConfig(
+        vision_config=encoder.config,
+        text_config=language.config,
+        image_token_index=image_id,
+        image_seq_length=features.length,
+        projector_hidden_act=CONNECTORS[connector],
+        vision_feature_select_strategy=features.strategy,
+        vision_feature_layer=features.layer,
+        tie_word_embeddings=tied,
+        dtype=language.dtype,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    for ours, theirs in ((model.model.language_model, language.base_model), (model.model.vision_tower, encoder)):
+        if type(ours) is not type(theirs):
+            raise InputError(
+                f"{theirs.name_or_path}: transformers builds a {type(ours).__name__} inside LLaVA, and this is a "
+                f"{type(theirs).__name__}.\nChoose another model."
+            )
+    model.model.language_model, model.model.vision_tower = language.base_model, encoder
+    model.lm_head = head
+    model.tie_weights()
+    for part in (config.text_config, config.vision_config):
+        if Path(part.name_or_path).is_dir():
+            part.name_or_path = ""  # a hub id says where a part is from; a path on this machine is nobody's business
+    # What from_pretrained would have left: with it, the weights are saved under the names that published LLaVA
+    # checkpoints have (vision_tower.vision_model...), which other engines expect.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    return model
+
+
+def _draw_connector(model: LlavaForConditionalGeneration, dtype: torch.dtype, seed: int) -> None:
+    """Fill the connector from `seed` with PyTorch's own distribution for linear layers, U(+-1/sqrt(fan in))."""
+    generator = torch.Generator().manual_seed(seed)
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
+    with torch.no_grad():
+        for layer in (projector.linear_1, projector.linear_2):
+            bound = layer.in_features**-0.5
+            for parameter in (layer.weight, layer.bias):
+                values = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
+                parameter.copy_(values)
+        if model.config.projector_hidden_act == CONNECTORS["linear"]:
+            nn.init.eye_(projector.linear_2.weight)
+            nn.init.zeros_(projector.linear_2.bias)
+            _freeze_identity(projector.linear_2)
+
+
+def _freeze_identity(layer: nn.Linear) -> None:
+    """Freeze `layer` if it is the identity: the second layer of a `linear` connector is never trained."""
+    eye = torch.eye(layer.out_features, layer.in_features, dtype=layer.weight.dtype)
+    if torch.equal(layer.weight, eye) and (layer.bias is None or not layer.bias.any()):
+        layer.requires_grad_(False)
+
+
+def _generation_config(given: GenerationConfig, tokenizer: Any) -> GenerationConfig:
+    """The LLM's own, with pad token and every token that ends an answer, in a form that can be saved."""
+    config = copy.deepcopy(given)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [*ends, tokenizer.eos_token_id, templates.end_of_turn(tokenizer, tokenizer.chat_template)]
+    unique = list(dict.fromkeys(i for i in ends if i is not None))
+    config.eos_token_id = unique[0] if len(unique) == 1 else unique or None
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if not config.do_sample:
+        # Published configurations name a temperature and decode greedily all the same; transformers ignores it when
+        # it generates and refuses to save it once anything has been changed.
+        for field in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(config, field, getattr(GenerationConfig(), field))
+    return config

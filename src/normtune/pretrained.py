@@ -1,0 +1,193 @@
+"""Reading pretrained folders: where they are, whether they are whole, and one clear error when they are not.
+
+Scope: resolve "path or hub id", check JSON files and weight files of a local folder before transformers reads
+them, translate whatever transformers raises. Non-scope: what is in the models (`model.py`, `encoders.py`).
+Source: the file layout that `save_pretrained` of transformers writes; the safetensors header format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants as hub_constants
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from normtune.errors import InputError, JobError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+CHECKED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Options of `from_pretrained` whose answer `check_complete` reads, to name what does not fit."""
+
+_JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "special_tokens_map.json",
+)
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of frozen weights by its name in a recipe; InputError for any other name."""
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not available.\nChoose one of: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def locate(reference: str | os.PathLike[str], what: str, weights: bool = True) -> str:
+    """Turn "path or hub id" into what transformers' `from_pretrained` takes.
+
+    A local folder is checked first (JSON files, weight files), so that its faults are named. A string that is
+    no folder and can only be meant as one is an InputError here, never a confusing answer from the hub.
+    `what` names the reference in messages, for example "LLM". Without `weights` a config is enough.
+    """
+    text = os.fspath(reference)
+    if not text:
+        raise InputError(f"{what}: the path is empty.\nGive a model folder or a hub id.")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        _check_folder(path, what, weights)
+        return str(path)
+    if path.exists():
+        raise InputError(f"{what} {text} is a file, not a model folder.\nGive the folder that holds config.json.")
+    looks_local = text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or text.endswith("/")
+    if looks_local or path.is_absolute():
+        raise InputError(f"{what} folder {text} does not exist.\nCheck the path (relative to {Path.cwd()}).")
+    return text
+
+
+def read_config(source: str, what: str) -> Any:
+    """The configuration at `source` (from `locate`) as a transformers config object."""
+    with reading(what, source):
+        config = AutoConfig.from_pretrained(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{what} {source} is quantized already.\nGive the folder with the unquantized weights.")
+    return config
+
+
+@contextmanager
+def reading(what: str, source: str) -> Iterator[None]:
+    """Translate every failure of a transformers loader within into an InputError of at most three lines.
+
+    Not being able to get the memory is a JobError. transformers' own report of unused weights (the text tower
+    of CLIP) is kept quiet: missing ones are an error that `check_complete` raises.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    except (InputError, JobError):
+        raise
+    except MemoryError as error:
+        raise JobError(f"{what} {source}: not enough memory to load it.") from error
+    except Exception as error:
+        reason = _first_line(error)
+        if "can't allocate memory" in reason or isinstance(error, torch.OutOfMemoryError):
+            raise JobError(f"{what} {source}: not enough memory to load it.\n{reason}") from error
+        if not Path(source).is_dir() and isinstance(error, OSError):
+            network = "this machine is offline and it is not in the cache" if hub_constants.HF_HUB_OFFLINE else reason
+            raise InputError(
+                f"{what} {source!r}: no such folder here, and not available from the hub ({network}).\n"
+                "Give the path of a model folder, or a hub id that can be reached."
+            ) from error
+        raise InputError(
+            f"{what} {source} cannot be loaded: {reason}\n"
+            "Check that the folder holds an unmodified, complete model that this transformers version knows."
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def check_complete(info: dict[str, Any], what: str, source: str) -> None:
+    """Raise InputError if `from_pretrained(..., **CHECKED)` had to make up any weight."""
+    mismatched = (key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ()))
+    if missing := sorted([*info.get("missing_keys", ()), *mismatched]):
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise InputError(
+            f"{what} {source}: {len(missing)} weights are missing or of another shape ({names}).\n"
+            "The weight files do not belong to its config.json, or are incomplete; copy or download them again."
+        )
+
+
+def _check_folder(folder: Path, what: str, weights: bool) -> None:
+    """Name the file that is missing, not JSON, or cut short."""
+    if not (folder / "config.json").is_file():
+        raise InputError(
+            f"{what} folder {folder} has no config.json.\nGive a folder in Hugging Face format, as save_pretrained "
+            "writes it."
+        )
+    for name in _JSON_FILES:
+        if (folder / name).is_file():
+            _read_json(folder / name, what)
+    if not weights:
+        return
+    for name in _SHARDED:
+        if (folder / name).is_file():
+            shards = _read_json(folder / name, what).get("weight_map")
+            if not isinstance(shards, dict):
+                raise InputError(f"{what}: {folder / name} has no table 'weight_map'.\nCopy or download it again.")
+            for shard in sorted(set(shards.values())):
+                _check_weights(folder / shard, what)
+            return
+    for name in _WHOLE:
+        if (folder / name).is_file():
+            return _check_weights(folder / name, what)
+    raise InputError(
+        f"{what} folder {folder} has no weights (model.safetensors or model.safetensors.index.json).\n"
+        "Copy or download the weight files as well."
+    )
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{what}: {path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.\n"
+            "Correct the file, or copy or download it again."
+        ) from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{what}: {path} cannot be read: {error}.\nCopy or download it again.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{what}: {path} holds a {type(content).__name__}, not a JSON object.\nDownload it again.")
+    return content
+
+
+def _check_weights(path: Path, what: str) -> None:
+    """Is the file there, and as long as its header says? Reads the header only."""
+    if not path.is_file():
+        raise InputError(f"{what}: weight file {path} is missing.\nCopy or download it as well.")
+    with path.open("rb") as file:
+        start = file.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{what}: {path} is a Git LFS pointer, not the weights.\nRun `git lfs pull` there.")
+    if path.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{what}: weight file {path} is truncated or damaged ({_first_line(error)}).\nCopy or download it again."
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error's message says first: one line, one sentence, at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text.partition(". ")[0][:300]

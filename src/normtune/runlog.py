@@ -1,0 +1,214 @@
+"""The run folder: what is in it, and how files get there whole.
+
+Scope: atomic files and folders (temporary name, fsync, rename), the run folder's layout, JSON lines, provenance.
+Not here: what a checkpoint holds (training.py), what an adapter holds (adapter.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from normtune.errors import InputError, JobError
+
+PACKAGES = ("normtune", "torch", "transformers", "accelerate", "peft", "safetensors", "tokenizers")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends well, and nothing otherwise.
+
+    Raises:
+        InputError: `path` exists and is not empty (unless `replace`), or its parent cannot be written.
+        JobError: the disk is full, or writing failed otherwise.
+    """
+    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists already; choose another folder or remove it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"cannot write in {path.parent}: {error.strerror or error}; choose another folder") from None
+    try:
+        with wrapped_disk_errors(path):
+            yield temporary
+            sync_tree(temporary)
+            os.chmod(temporary, 0o755)
+            if path.exists():
+                retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+                os.replace(path, retired / "was")
+                os.replace(temporary, path)
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def wrapped_disk_errors(path: Path) -> Iterator[None]:
+    """Turns what the file system or safetensors raises into one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(f"cannot write {path}: {error.strerror or error}; free some space or choose --out") from None
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise JobError(f"cannot write {path}: {error}; free some space or choose --out") from None
+        raise
+
+
+def sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing.
+
+    Raises:
+        JobError: the disk is full or the folder cannot be written.
+    """
+    with wrapped_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """A JSON file.
+
+    Raises:
+        InputError: missing, unreadable or wrong JSON, with line and column.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no {what} at {path}") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{path}, {place}: not valid JSON ({error.msg}); {what} is damaged") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds one JSON line; a line that a crash cut off is closed first, so that it harms no other."""
+    with wrapped_disk_errors(path):
+        torn = False
+        if path.exists() and path.stat().st_size:
+            with path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                torn = file.read(1) != b"\n"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if torn else "") + json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a log; torn ones are left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+class Run:
+    """The folder `runs/NAME/{recipe.yaml, log.jsonl, checkpoints/, adapter/, evaluations/}`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    def write(self, record: dict[str, Any]) -> None:
+        append_line(self.log, {"time": round(time.time(), 3), **record})
+
+    @staticmethod
+    def create(folder: Path, recipe_text: str) -> Run:
+        """A new run folder.
+
+        Raises:
+            InputError: it exists already, or cannot be made.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(
+                f"run folder {folder} exists already; go on with --resume, choose another with --out, or remove it"
+            )
+        with atomic_folder(folder) as temporary:
+            (temporary / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        return Run(folder)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions and hardware, as they are stored with every result."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def processor_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

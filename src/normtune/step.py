@@ -1,0 +1,170 @@
+"""One optimizer step: the groups of AdamW, the schedule, the loss over supervised tokens, and what moved.
+
+The loss of a step is the sum of the cross-entropy over its supervised tokens divided by their count over all
+micro-batches and processes, so that accumulation 1, accumulation 4 and two processes give the same update.
+Not here: the order of steps and stages (training.py).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from normtune.errors import InputError, JobError
+from normtune.recipe import Stage
+from normtune.strategy import Report, tuning
+
+GUARD_STEPS = 10  # a gain that trains at all has moved by then
+
+
+def make_optimizer(model: nn.Module, stage: Stage, report: Report) -> torch.optim.AdamW:
+    """AdamW with a group per part and decay; no decay on gains and biases (one-dimensional tensors).
+
+    Raises:
+        InputError: a learning rate for a part that this strategy does not train.
+    """
+    unknown = set(stage.learning_rates) - set(report.part_of.values())
+    if unknown:
+        trained = ", ".join(dict.fromkeys(report.part_of.values()))
+        raise InputError(
+            f"stage {stage.name}: learning_rates names {', '.join(sorted(unknown))}, which strategy {report.strategy} "
+            f"does not train; it trains {trained}"
+        )
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name in report.part_of:
+            groups.setdefault((report.part_of[name], parameter.dim() > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "peak": stage.learning_rates.get(part, stage.learning_rate),
+                "weight_decay": stage.weight_decay if decays else 0.0,
+            }
+            for (part, decays), parameters in groups.items()
+        ],
+        lr=stage.learning_rate,
+    )
+
+
+def schedule(stage: Stage, step: int, total: int) -> float:
+    """Factor of the peak learning rate at optimizer step `step` (from 0): linear warm-up, then the schedule."""
+    warmup = math.ceil(stage.warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    if stage.schedule == "constant":
+        return 1.0
+    return 1 - done if stage.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def take_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[dict[str, torch.Tensor]],
+    stage: Stage,
+    step: int,
+    total: int,
+) -> dict[str, Any]:
+    """Forward and backward over the micro-batches, then one update; returns the step's figures.
+
+    Raises:
+        JobError: no supervised token, or a loss or gradient that is not finite (nothing is updated then).
+    """
+    began = time.perf_counter()
+    own = [
+        sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches),
+        sum(int(batch["attention_mask"].sum()) for batch in batches),
+    ]
+    supervised, tokens = accelerator.reduce(torch.tensor(own, device=accelerator.device)).tolist()
+    if supervised == 0:
+        raise JobError(f"{stage.name}, step {step + 1}: no sample of this step has a supervised token; see max_length")
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(batches):
+        last = number == len(batches) - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            loss = supervised_loss(model, {k: v.to(accelerator.device) for k, v in batch.items()})
+            accelerator.backward(loss * accelerator.num_processes / supervised)
+            loss_sum += loss.detach()
+    mean = float(accelerator.reduce(loss_sum)) / supervised
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(accelerator.clip_grad_norm_(parameters, stage.clip or math.inf))
+    if not math.isfinite(mean) or not math.isfinite(norm):
+        optimizer.zero_grad()
+        raise JobError(
+            f"{stage.name}, step {step + 1}: loss {mean:.4g}, gradient norm {norm:.4g}: not finite; lower learning_rate"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * schedule(stage, step, total)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - began
+    return {
+        "loss": mean,
+        "grad_norm": round(norm, 6),
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "supervised_tokens": supervised,
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1),
+    }
+
+
+def supervised_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Sum of the cross-entropy over the supervised tokens of a batch, in fp32.
+
+    The head runs only at positions (columns) that some sample supervises.
+    """
+    labels = batch.pop("labels")[:, 1:]  # (B, S-1): what position s predicts
+    columns = (labels != -100).any(0).nonzero().squeeze(1)  # (K)
+    if len(columns) == 0:
+        columns = columns.new_zeros(1)
+    logits = model(**batch, use_cache=False, logits_to_keep=columns).logits  # (B, K, V)
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+class Movement:
+    """What share of the trainable norm gains differs from the base's."""
+
+    def __init__(self, model: nn.Module, report: Report) -> None:
+        base = tuning(model).base_gains
+        named = [(n, p) for n, p in model.named_parameters() if n in report.part_of and n in base]
+        self.pairs = [(p, base[n].to(p.device)) for n, p in named]
+        self.last: dict[str, float] = {}
+
+    def measure(self, step: int, total: int) -> dict[str, float]:
+        """`moved` (percent) and `max_change`, every tenth step; empty where no gain trains."""
+        if not self.pairs or (step % 10 and step + 1 != total):
+            return {}
+        count = sum(p.numel() for p, _ in self.pairs)
+        moved = sum(int((p.detach() != start).sum()) for p, start in self.pairs)
+        most = max(float((p.detach() - start).abs().max()) for p, start in self.pairs)
+        self.last = {"moved": round(100 * moved / count, 3), "max_change": round(most, 7)}
+        return self.last
+
+    def guard(self, step: int, stage: Stage) -> None:
+        """Stops a run whose gains do not move.
+
+        Raises:
+            JobError: after the warm-up not one gain differs from its start.
+        """
+        if step >= GUARD_STEPS and self.last.get("moved") == 0.0:
+            raise JobError(
+                f"{stage.name}: after {step} steps not one gain has moved; "
+                f"learning_rate {stage.learning_rate:g} is below what fp32 can add: raise it"
+            )
+
+
+def note_of(record: dict[str, Any]) -> str:
+    moved = f"  moved {record['moved']:.0f} %" if "moved" in record else ""
+    return f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tok/s{moved}"

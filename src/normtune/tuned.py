@@ -1,0 +1,90 @@
+"""A model with what was tuned on it: from a recipe, a run folder, an adapter folder or a plain MLLM folder.
+
+Scope: opening; which kind of folder it is. Not here: the parts of that (model.py, adapter.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from normtune.adapter import load_adapter, read_adapter
+from normtune.errors import InputError
+from normtune.model import assemble, load
+from normtune.pretrained import locate, read_config
+from normtune.recipe import ModelRecipe, Recipe, load_recipe
+
+
+@dataclass
+class Tuned:
+    """A model, its processor, and where they come from (`recipe` and `record` where there are such)."""
+
+    model: Any
+    processor: Any
+    recipe: Recipe | None = None
+    record: dict[str, Any] | None = None
+
+
+def build(recipe: ModelRecipe, seed: int = 0) -> tuple[nn.Module, Any]:
+    """The untuned model of a recipe and its processor.
+
+    Raises:
+        InputError: a folder that is missing, damaged or of the wrong kind.
+    """
+    if recipe.path is not None:
+        return load(recipe.path, dtype=recipe.dtype)
+    assert recipe.llm is not None and recipe.vision is not None  # the schema sees to it
+    return assemble(recipe.llm, recipe.vision, connector=recipe.connector, dtype=recipe.dtype, seed=seed)
+
+
+def open_tuned(path: str | Path, *, force: bool = False) -> Tuned:
+    """Opens a run folder, its adapter folder, or an MLLM folder (or hub id).
+
+    Raises:
+        InputError: neither of these, a run that has no adapter yet, or an adapter of another base.
+    """
+    folder = Path(path)
+    if (folder / "recipe.yaml").is_file():
+        if not (folder / "adapter" / "adapter.json").is_file():
+            raise InputError(
+                f"{folder} has no adapter yet: the run is not finished; go on with `normtune train --resume`"
+            )
+        recipe = load_recipe(folder / "recipe.yaml")
+        model, processor = build(recipe.model, recipe.seed)
+        return Tuned(model, processor, recipe, load_adapter(model, folder / "adapter", force=force))
+    if (folder / "adapter.json").is_file():
+        _, record = read_adapter(folder)
+        base = record.get("base")
+        if not base:
+            raise InputError(
+                f"{folder}: the adapter does not say which model it belongs to; load it with normtune.load_adapter"
+            )
+        model, processor = build(ModelRecipe.model_validate(base["model"]), base["seed"])
+        return Tuned(model, processor, None, load_adapter(model, folder, force=force))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is no run, adapter or model folder (no recipe.yaml, adapter.json or config.json in it)"
+        )
+    model, processor = load(str(path), dtype="float32")
+    return Tuned(model, processor)
+
+
+def skeleton(reference: str) -> nn.Module:
+    """A model of the right shapes on the meta device, from its config alone: an MLLM or a causal LLM.
+
+    Raises:
+        InputError: no such folder or hub id, or a config of neither kind.
+    """
+    source = locate(reference, "model", weights=False)
+    config = read_config(source, "model")
+    kinds = (AutoModelForImageTextToText, AutoModelForCausalLM)
+    kind = next((k for k in kinds if type(config) in k._model_mapping), None)
+    if kind is None:
+        raise InputError(f"model {reference} ({config.model_type}) is neither a causal LLM nor takes images and text")
+    with torch.device("meta"):
+        return kind.from_config(config)  # type: ignore[no-any-return]

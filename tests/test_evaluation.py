@@ -1,0 +1,471 @@
+"""Evaluation: batching, shared image features, controls, limits, and what is left as it was found."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from normtune.chat import Turn
+from PIL import Image
+from torch import nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from models import CHATML, tiny_tokenizer
+from normtune.errors import InputError
+from normtune.evaluation import answer, answering, evaluate_model, select, shuffled_images
+from normtune.evaluation.selection import images_shown
+from normtune.tasks import TASKS, Item
+
+BENCHMARKS = list(TASKS)
+IMAGES = 4
+
+
+def picture(number: int) -> Image.Image:
+    """A noisy picture that no other number gives."""
+    noise = random.Random(number).randbytes(40 * 40 * 3)
+    return Image.frombytes("RGB", (40, 40), noise)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All benchmarks in their official layouts; no two questions have the same text."""
+    root = tmp_path_factory.mktemp("data")
+    for folder in ("val2014", "pope", "mme/existence", "mme/count", "vqav2", "coco", "text"):
+        (root / folder).mkdir(parents=True)
+    (root / "flickr30k" / "flickr30k-images").mkdir(parents=True)
+    names = [f"COCO_val2014_{n:012d}.jpg" for n in range(IMAGES)]
+    for n, name in enumerate(names):
+        picture(n).save(root / "val2014" / name)
+        picture(100 + n).save(root / "flickr30k" / "flickr30k-images" / f"{n}.jpg")
+    number = itertools.count(1)
+
+    def lines(records: list[dict[str, Any]]) -> str:
+        return "".join(json.dumps(record) + "\n" for record in records)
+
+    for split in ("random", "popular", "adversarial"):
+        records = [
+            {
+                "question_id": k,
+                "image": names[k // 2 % IMAGES],
+                "text": f"Is thing {next(number)} there" + " now" * (k % 3) + "?",
+                "label": "yes" if k % 2 else "no",
+            }
+            for k in range(2 * IMAGES)
+        ]
+        (root / "pope" / f"coco_pope_{split}.json").write_text(lines(records))
+    for subtask, n in itertools.product(("existence", "count"), range(2)):
+        # image 0 is the same photograph in both subtasks
+        picture(200 + n if n == 0 or subtask == "count" else 300).save(root / "mme" / subtask / f"{n}.png")
+        pair = [f"Is thing {next(number)} there? Please answer yes or no.\t{x}\n" for x in ("Yes", "No")]
+        (root / "mme" / subtask / f"{n}.txt").write_text("".join(pair))
+    questions, annotations = [], []
+    for k in range(2 * IMAGES):
+        questions.append({"question_id": k, "image_id": k % IMAGES, "question": f"What is thing {next(number)}?"})
+        human = [{"answer": ("red", "blue")[k % 2], "answer_id": a} for a in range(10)]
+        annotations.append({"question_id": k, "question_type": "what is", "answer_type": "other", "answers": human})
+    vqa = root / "vqav2"
+    (vqa / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions}))
+    (vqa / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": annotations}))
+    coco = {
+        "images": [{"id": n, "file_name": name} for n, name in enumerate(names)],
+        "annotations": [{"image_id": n, "caption": "A red shape."} for n in range(IMAGES)],
+    }
+    (root / "coco" / "captions_val2014.json").write_text(json.dumps(coco))
+    flickr = [{"split": "test", "filename": f"{n}.jpg", "sentences": [{"raw": "A red shape ."}]} for n in range(IMAGES)]
+    (root / "flickr30k" / "dataset_flickr30k.json").write_text(json.dumps({"images": flickr}))
+    texts = [{"question_id": k, "text": f"Say thing {next(number)}.", "answer": "red"} for k in range(5)]
+    (root / "text" / "questions.jsonl").write_text(lines(texts))
+    return root
+
+
+@pytest.fixture(scope="module")
+def pair(mllm_folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    from normtune.model import load
+
+    return load(mllm_folder)
+
+
+def conversations() -> list[tuple[list[Turn], list[Image.Image]]]:
+    """Prompts of many lengths about three images, one about none, one of two images and several turns."""
+    pictures = [picture(n) for n in range(3)]
+    asked = [([Turn("user", "<image>\nIs there" + " a red" * k + " circle?")], [pictures[k % 3]]) for k in range(9)]
+    turns = [Turn("user", "<image><image>\nAlike?"), Turn("assistant", "Yes."), Turn("user", "Why?")]
+    return [*asked, (turns, pictures[:2]), ([Turn("user", "How many shapes are there?")], [])]
+
+
+# ---- answers -----------------------------------------------------------------------------------------------
+
+
+def test_batches_do_not_change_answers(pair: Any) -> None:
+    one_by_one = answer(*pair, conversations(), 12, batch_size=1)
+    assert len(set(one_by_one)) > 3  # the model does look at its prompt
+    for size in (2, 5, 64):
+        assert answer(*pair, conversations(), 12, batch_size=size) == one_by_one
+
+
+def test_answers_are_those_of_plain_transformers(pair: Any) -> None:
+    model, processor = pair
+    turns, pictures = conversations()[4]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": turns[0].text}], add_generation_prompt=True, tokenize=False
+    )
+    inputs = processor(text=text, images=pictures, return_tensors="pt", add_special_tokens=False)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert answer(model, processor, conversations(), 12)[4] == expected
+
+
+def test_shared_features_give_identical_logits(pair: Any) -> None:
+    model, processor = pair
+    engine = answering._Shared(model, processor, answering.Chat.from_processor(processor))
+    requests = [answering.Request(tuple(t), tuple(i), "") for t, i in conversations()]
+    with torch.inference_mode():
+        inputs = engine.inputs([inner for _, inner in engine.prepare(requests, 64)])
+        shared = model(**inputs).logits
+        del inputs["mm_encoder_outputs"]
+        every = [image for request in requests for image in request.images]
+        pixels = processor.image_processor(images=every, return_tensors="pt")["pixel_values"]
+        direct = model(**inputs, pixel_values=pixels).logits
+    assert torch.equal(shared, direct)
+
+
+def test_engines_agree(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = answer(*pair, conversations()[:9], 12, batch_size=4)
+    monkeypatch.setattr(answering, "_takes_features", lambda model: False)
+    assert answer(*pair, conversations()[:9], 12, batch_size=4) == shared
+
+
+def test_an_image_is_opened_and_encoded_once(pair: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: Counter[str] = Counter()
+    encoded: list[int] = []
+    real_open, real_features = answering.open_image, type(pair[0]).get_image_features
+
+    def count_open(path: Path, where: str) -> Image.Image:
+        opened[path.name] += 1
+        return real_open(path, where)
+
+    def count_features(self: Any, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        encoded.append(len(pixel_values))
+        return real_features(self, pixel_values=pixel_values, **kwargs)
+
+    monkeypatch.setattr(answering, "open_image", count_open)
+    monkeypatch.setattr(type(pair[0]), "get_image_features", count_features)
+    evaluate_model(*pair, ["pope"], data)
+    assert set(opened.values()) == {1} and len(opened) == IMAGES and encoded == [IMAGES]
+
+
+def test_another_architecture_through_its_own_processor(llm_folder: Path, vision_folder: Path) -> None:
+    from transformers import AutoConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    tokenizer = tiny_tokenizer(CHATML, image=True)
+    square = {"height": 32, "width": 32}
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size=square, image_grid_pinpoints=[[32, 64], [64, 32]]
+    )
+    parts = CHATML.replace(
+        "message['content']",
+        "(message['content'] | map(attribute='text', default='<image>\n') | join)",
+    )
+    processor = LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=parts,
+        num_additional_image_tokens=1,
+    )
+    config = LlavaNextConfig(
+        text_config=AutoConfig.from_pretrained(llm_folder, vocab_size=len(tokenizer)),
+        vision_config=AutoConfig.from_pretrained(vision_folder).vision_config,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=[[32, 64], [64, 32]],
+    )
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config).eval()
+    tokenizer.padding_side = "right"
+    wide = [([Turn("user", "<image>\nWhat" + " now" * k)], [picture(k).resize((80, 40))]) for k in range(5)]
+    one_by_one = answer(model, processor, wide, 8, batch_size=1)
+    assert answer(model, processor, wide, 8, batch_size=5) == one_by_one
+    assert tokenizer.padding_side == "right"
+
+
+def test_bfloat16(mllm_folder: Path) -> None:
+    from normtune.model import load
+
+    assert len(answer(*load(mllm_folder, "bfloat16"), conversations(), 4)) == len(conversations())
+
+
+def test_stops_at_the_models_own_stop_tokens_too(pair: Any) -> None:
+    model, processor = pair
+    asked = [([Turn("user", "How many shapes are there?")], [])]
+    (plain,) = answer(model, processor, asked, 12)
+    ids = processor.tokenizer.encode(plain, add_special_tokens=False)
+    before, settings = model.generation_config.eos_token_id, model.generation_config
+    settings.eos_token_id = [*(before if isinstance(before, list) else [before]), ids[-1]]
+    try:
+        (shorter,) = answer(model, processor, asked, 12)
+    finally:
+        settings.eos_token_id = before
+    assert len(shorter) < len(plain) and plain.startswith(shorter)
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_images_must_match_their_places(pair: Any, images: int) -> None:
+    with pytest.raises(InputError, match="item 0: 1 '<image>' in the text for"):
+        answer(*pair, [([Turn("user", "<image>\nWhat?")], [picture(0)] * images)])
+
+
+# ---- the model is left as it was ---------------------------------------------------------------------------
+
+
+def test_modes_settings_and_random_state_are_kept(pair: Any) -> None:
+    model, processor = pair
+    plain = answer(model, processor, conversations(), 8)
+    settings = model.generation_config
+    model.train()
+    model.model.vision_tower.eval()
+    modes = [module.training for module in model.modules()]
+    state, side = torch.get_rng_state(), processor.tokenizer.padding_side
+    settings.repetition_penalty, settings.max_length = 5.0, 7
+    try:
+        assert answer(model, processor, conversations(), 8) == plain  # the penalty is not obeyed
+        assert model.generation_config is settings and settings.repetition_penalty == 5.0
+        assert [module.training for module in model.modules()] == modes
+        assert torch.equal(torch.get_rng_state(), state) and processor.tokenizer.padding_side == side
+        assert all(p.requires_grad for p in model.parameters())
+    finally:
+        settings.repetition_penalty = settings.max_length = None
+        model.eval()
+
+
+def test_modes_are_restored_after_an_error(pair: Any, tmp_path: Path) -> None:
+    model, processor = pair
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    model.train()
+    with pytest.raises(InputError, match="item 0"):
+        answer(model, processor, [([Turn("user", "<image>\nWhat?")], [tmp_path / "broken.jpg"])])
+    assert model.training
+    model.eval()
+
+
+# ---- evaluate_model, with a model that looks the answers up -------------------------------------------------
+
+
+class Oracle(nn.Module):
+    """Finds the question in its prompt and gives the answer from a table, then a stop token, then rubbish."""
+
+    def __init__(self, processor: LlavaProcessor, table: dict[str, str]) -> None:
+        super().__init__()
+        self.tokenizer, self.image_id, self.table = processor.tokenizer, processor.image_token_id, table
+        self.embedding = nn.Embedding(2, 2)
+        self.generation_config: Any = SimpleNamespace()
+        self.prompts: list[str] = []
+        self.features = 0
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def get_image_features(self, pixel_values: torch.Tensor, return_dict: bool) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(pooler_output=[torch.zeros(3, 2) for _ in pixel_values])
+
+    def forward(self, input_ids: torch.Tensor, mm_encoder_outputs: Any = None) -> None:
+        raise AssertionError("only generate is called")
+
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mm_encoder_outputs: Any = None
+    ) -> torch.Tensor:
+        features = mm_encoder_outputs["image"].pooler_output if mm_encoder_outputs else []
+        assert sum(map(len, features)) == (input_ids == self.image_id).sum()
+        self.features += len(features)
+        rows = []
+        stop = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+            prompt = self.tokenizer.decode(ids[mask.index(1) :])
+            self.prompts.append(prompt)
+            reply = next(reply for question, reply in self.table.items() if question in prompt)
+            tokens = [*self.tokenizer.encode(f" {reply}\n", add_special_tokens=False), stop]
+            rows.append([*tokens, *self.tokenizer.encode("No no", add_special_tokens=False)])
+        width = max(map(len, rows))
+        replies = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+        return torch.cat([input_ids, replies], dim=1)
+
+
+@pytest.fixture
+def oracle(mllm_folder: Path, data: Path) -> tuple[Oracle, LlavaProcessor]:
+    processor = LlavaProcessor.from_pretrained(mllm_folder)
+    table = {}
+    for name in ("pope", "mme", "vqav2", "text"):
+        for item in TASKS[name].load(data):
+            truth = TASKS[name].truth(item)
+            table[item.question.split("?")[0]] = truth if isinstance(truth, str) else truth[0]
+    return Oracle(processor, table | {"caption": "A red shape."}), processor
+
+
+def test_right_answers_score_one(oracle: Any, data: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    found = evaluate_model(
+        *oracle,
+        BENCHMARKS,
+        data,
+        batch_size=5,
+        progress=lambda *step: steps.append(step),
+        predictions=True,
+    )
+    assert {name: result["score"] for name, result in found.items()} == dict.fromkeys(BENCHMARKS, 1.0)
+    sizes = {"pope": 24, "mme": 8, "vqav2": 8, "coco": 4, "flickr30k": 4, "text": 5}
+    assert {name: result["n"] for name, result in found.items()} == sizes
+    assert [done for name, done, _ in steps if name == "pope"] == [5, 10, 15, 20, 24]
+    assert found["mme"]["perception"] == 400.0 and found["pope"]["f1"] == 1.0
+    first = found["vqav2"]["predictions"][0]
+    assert first["id"] == "0" and first["answer"] == "red" and first["truth"] == ["red"] * 10
+    assert [p["id"] for p in found["pope"]["predictions"]] == [i.id for i in TASKS["pope"].load(data)]
+    json.dumps(found)
+    assert "predictions" not in evaluate_model(*oracle, ["text"], data)["text"]
+
+
+def test_image_comes_before_the_question(oracle: Any, data: Path) -> None:
+    evaluate_model(*oracle, ["pope"], data, limit=1)
+    assert oracle[0].features == len(oracle[0].prompts) == 2
+    assert all("<|im_start|>user\n<image><image><image>\nIs thing" in prompt for prompt in oracle[0].prompts)
+
+
+def test_blind_prompts_have_no_image(oracle: Any, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "pope").symlink_to(data / "pope")  # no images there, and none needed
+    found = evaluate_model(*oracle, ["pope"], tmp_path, control="blind")
+    assert found["pope"]["score"] == 1.0 and found["pope"]["control"] == "blind"
+    assert oracle[0].features == 0 and not any("<image>" in prompt for prompt in oracle[0].prompts)
+    assert all("<|im_start|>user\nIs thing" in prompt for prompt in oracle[0].prompts)
+
+
+def test_shuffled_shows_other_images(pair: Any, oracle: Any, data: Path) -> None:
+    found = evaluate_model(*oracle, BENCHMARKS, data, control="shuffled")
+    assert found["pope"]["control"] == "shuffled" and found["pope"]["score"] == 1.0
+    assert oracle[0].features == 24 + 8 + 8 + 4 + 4
+    told = evaluate_model(*pair, ["coco"], data, predictions=True)["coco"]["predictions"]
+    other = evaluate_model(*pair, ["coco"], data, control="shuffled", predictions=True)["coco"]["predictions"]
+    swap = shuffled_images([item.image for item in TASKS["coco"].load(data) if item.image])
+    names = [item.image for item in TASKS["coco"].load(data)]
+    by_image = {name: p["answer"] for name, p in zip(names, told, strict=True)}
+    assert [p["answer"] for p in other] == [by_image[swap[name]] for name in names if name]
+
+
+# ---- which questions, which images -------------------------------------------------------------------------
+
+
+def items(groups: int, images: int, each: int) -> list[Item]:
+    """Questions of `groups` strata about the same images, `each` per image, half yes and half no."""
+    return [
+        Item(f"{g}/{i}/{k}", Path(f"{i}.jpg"), "?", "yes" if k % 2 else "no", str(g))
+        for g in range(groups)
+        for i in range(images)
+        for k in range(each)
+    ]
+
+
+@pytest.mark.parametrize("limit", [1, 6, 7, 18, 20, 90, 179])
+def test_limit_takes_whole_images(limit: int) -> None:
+    every = items(3, 10, 6)
+    chosen = select(every, limit)
+    assert limit <= len(chosen) < limit + 6
+    assert chosen == [item for item in every if item in chosen]  # in order
+    units = Counter((item.group, item.image) for item in chosen)
+    assert set(units.values()) == {6}
+    assert Counter(item.answer for item in chosen)["yes"] * 2 == len(chosen)  # balance
+    sizes = Counter(item.group for item in chosen).values()
+    assert max(sizes) - min(sizes) <= 6
+
+
+def test_limit_shares_images_between_groups() -> None:
+    assert len({item.image for item in select(items(3, 50, 6), 90)}) == 5
+
+
+def test_limit_depends_on_the_seed_only() -> None:
+    every = items(1, 50, 1)
+    assert select(every, 10, 1) == select(every, 10, 1) != select(every, 10, 2)
+    assert set(select(every, 10)) < set(select(every, 20))  # a larger part holds the smaller
+    assert select(every, None) == select(every, 1000) == every
+
+
+def test_limit_keeps_mme_pairs(oracle: Any, data: Path) -> None:
+    found = evaluate_model(*oracle, ["mme"], data, limit=3)["mme"]
+    assert found["n"] == 4 and set(found["subtasks"]) == {"existence", "count"} and found["score"] == 1.0
+
+
+def test_limit_without_images(oracle: Any, data: Path) -> None:
+    assert evaluate_model(*oracle, ["text"], data, limit=3)["text"]["n"] == 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shuffled_is_a_derangement(tmp_path: Path, seed: int) -> None:
+    paths = [tmp_path / f"{n}.png" for n in range(9)]
+    for n, path in enumerate(paths):
+        picture(n % 6).save(path)  # three pictures lie there twice
+    swap = shuffled_images(paths, seed)
+    assert set(swap) == set(paths) and swap == shuffled_images(paths, seed)
+    assert all(old.read_bytes() != new.read_bytes() for old, new in swap.items())
+    assert len({new.read_bytes() for new in swap.values()}) == 6
+
+
+def test_shuffled_differs_by_seed(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{n}.bin" for n in range(20)]
+    for n, path in enumerate(paths):
+        path.write_bytes(bytes(n))
+    assert shuffled_images(paths, 0) != shuffled_images(paths, 1)
+
+
+def test_shuffled_knows_a_photograph_under_two_names(data: Path) -> None:
+    every = TASKS["mme"].load(data)
+    shown = images_shown("mme", every, "shuffled")
+    own = [item.image.read_bytes() for item in every if item.image]
+    assert all(image and image.read_bytes() != before for image, before in zip(shown, own, strict=True))
+
+
+def test_shuffled_needs_two_pictures(oracle: Any, data: Path) -> None:
+    with pytest.raises(InputError, match="fewer than two distinct images"):
+        evaluate_model(*oracle, ["coco"], data, limit=1, control="shuffled")
+
+
+# ---- wrong input -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"benchmarks": ["text", "popes"]}, r"benchmark 'popes' is unknown \(did you mean 'pope'"),
+        ({"control": "deaf"}, "control 'deaf' is unknown"),
+        ({"limit": 0}, "limit is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"data": "nowhere"}, "nowhere: no such folder"),
+    ],
+)
+def test_wrong_arguments(oracle: Any, data: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate_model(*oracle, **({"benchmarks": ["text"], "data": data} | change))
+
+
+def test_missing_images_are_found_before_the_first_question(oracle: Any, data: Path, tmp_path: Path) -> None:
+    for folder in ("pope", "text"):
+        (tmp_path / folder).symlink_to(data / folder)
+    with pytest.raises(InputError, match=r"pope, item 'random/0': no image .*\(4 of 4 images are missing\)"):
+        evaluate_model(*oracle, ["text", "pope"], tmp_path)
+    assert oracle[0].prompts == []
+
+
+def test_broken_image_names_its_item(pair: Any, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "coco").symlink_to(data / "coco")
+    (tmp_path / "val2014").mkdir()
+    for path in (data / "val2014").iterdir():
+        (tmp_path / "val2014" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "val2014" / "COCO_val2014_000000000002.jpg").write_bytes(b"not an image")
+    with pytest.raises(InputError, match="coco, item '2'"):
+        evaluate_model(*pair, ["coco"], tmp_path)
