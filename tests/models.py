@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
@@ -160,6 +160,7 @@ def tiny_vision(folder: Path, kind: str = "clip", *, seed: int = 1, **config: An
         **config,
     }
     text = {**_LLM_SIZES, "vocab_size": 64, "max_position_embeddings": 16, "projection_size": 32}
+    text |= {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
     del text["num_key_value_heads"], text["head_dim"]
     square = {"height": 32, "width": 32}
     processor: Any = SiglipImageProcessorPil(size=square)

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
@@ -44,6 +45,7 @@ ENCODERS = {  # kind -> special tokens, feature strategy, tokens per image (16 p
     "dinov2_registers": (5, "default", 20),
 }
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 IDS = torch.tensor([[5, 8, 100, 200, 300]])
 
 
@@ -92,13 +94,26 @@ def check_against_transformers(model: Any, processor: Any, llm: Path, vision: Pa
         same = inputs(its_processor, QUESTION, [photo()])
         assert all(torch.equal(batch[key], same[key]) for key in batch)
         assert torch.equal(again(**same).logits, logits)
-        assert again.generate(**same, max_new_tokens=2, do_sample=False).shape[1] == batch["input_ids"].shape[1] + 2
+        answer = again.generate(**same, min_new_tokens=2, max_new_tokens=2, do_sample=False)
+        assert torch.equal(answer[:, :-2], batch["input_ids"])
 
 
+@pytest.fixture(scope="module")
+def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("llms")
+    return {
+        "untied-template": tiny_llm(folder / "a"),
+        "tied-bare": tiny_llm(folder / "b", "qwen2", tied=True, template=None, pad=False),
+    }
+
+
+@pytest.mark.parametrize("llm", ["untied-template", "tied-bare"])
 @pytest.mark.parametrize("connector", ["mlp", "linear"])
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_every_encoder(kind: str, connector: str, encoders: dict[str, Path], llm_folder: Path, tmp_path: Path) -> None:
-    model, processor = assemble(llm_folder, encoders[kind], connector)
+def test_every_encoder(
+    kind: str, connector: str, llm: str, encoders: dict[str, Path], llms: dict[str, Path], tmp_path: Path
+) -> None:
+    model, processor = assemble(llms[llm], encoders[kind], connector)
     special, strategy, length = ENCODERS[kind]
     assert processor.num_additional_image_tokens == special
     assert processor.vision_feature_select_strategy == model.config.vision_feature_select_strategy == strategy
@@ -107,7 +122,7 @@ def test_every_encoder(kind: str, connector: str, encoders: dict[str, Path], llm
     assert (processor.patch_size, model.config.vision_feature_layer) == (8, -2)
     assert not model.training and not any(p.is_meta for p in (*model.parameters(), *model.buffers()))
     assert processor.image_processor.__class__.__name__.endswith("Pil")
-    check_against_transformers(model, processor, llm_folder, encoders[kind], tmp_path / "out")
+    check_against_transformers(model, processor, llms[llm], encoders[kind], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +143,7 @@ def test_every_encoder(kind: str, connector: str, encoders: dict[str, Path], llm
         ("gpt2", {"tied": True, "template": None}, False, None),  # no `embed_tokens`: stock LLaVA cannot tie it
         ("opt", {"tied": True}, False, 401),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
 def test_every_llm(
     kind: str, options: dict[str, Any], tied: bool, rows: int | None, vision_folder: Path, tmp_path: Path
@@ -166,6 +181,17 @@ def test_bfloat16_casts_every_weight_and_nothing_else(
     check_against_transformers(model, processor, llm_folder, encoders["dinov2"], tmp_path / "out")
     loaded, _ = load(tmp_path / "out", "bfloat16")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_an_encoder_of_one_layer_gives_that_layer(llm_folder: Path, tmp_path: Path) -> None:
+    vision = tiny_vision(tmp_path / "vision", "clip_vision", num_hidden_layers=1)
+    model, processor = assemble(llm_folder, vision)
+    assert model.config.vision_feature_layer == -1
+    pixels = processor.image_processor(photo(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(vision)(pixels, output_hidden_states=True).hidden_states[1]
+        features = model.get_image_features(pixels).pooler_output[0]
+        torch.testing.assert_close(features, model.model.multi_modal_projector(states)[0, 1:])
 
 
 def test_saved_weights_have_the_names_of_published_checkpoints(mllm_folder: Path) -> None:
@@ -341,13 +367,10 @@ def test_batch_of_text_and_images(mllm_folder: Path) -> None:
 
 
 def test_load_any_image_text_model(tmp_path: Path) -> None:
-    from transformers import AutoConfig
-
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model(
         "paligemma",
-        text_config={"model_type": "gemma", **tower, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 402},
-        vision_config={"model_type": "siglip_vision_model", **tower, "patch_size": 8, "image_size": 32},
+        text_config={"model_type": "gemma", **SMALL, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 402},
+        vision_config={"model_type": "siglip_vision_model", **SMALL, "patch_size": 8, "image_size": 32},
         projection_dim=32,
         image_token_index=401,
     )
@@ -515,13 +538,29 @@ def test_encoders_that_llava_cannot_use(encoders: dict[str, Path], llm_folder: P
     bare = Path(shutil.copytree(encoders["clip"], tmp_path / "bare"))
     (bare / "preprocessor_config.json").unlink()
     rejected(lambda: assemble(llm_folder, bare), "image processor", "bare")
-    swin = tmp_path / "swin"
-    from transformers import AutoConfig
 
-    config = AutoConfig.for_model("swin", image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2])
-    AutoModel.from_config(config).save_pretrained(swin)
-    shutil.copy(encoders["siglip"] / "preprocessor_config.json", swin)
-    rejected(lambda: assemble(llm_folder, swin), "one shape throughout")
+
+@pytest.mark.parametrize(
+    ("kind", "config", "word"),
+    [
+        (
+            "swin",
+            {"patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},
+            "one shape",
+        ),
+        ("convnext", {"num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1]}, "[B, T, H]"),
+        ("pixtral", {**SMALL, "patch_size": 8}, "[B, T, H]"),  # all images in one row
+        ("vit_mae", {**SMALL, "patch_size": 8}, "no grid of its patches"),  # drops three quarters at random
+        ("vivit", {**SMALL}, "does not run"),  # videos
+    ],
+)
+def test_encoders_of_another_shape(
+    kind: str, config: dict[str, Any], word: str, encoders: dict[str, Path], llm_folder: Path, tmp_path: Path
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        AutoModel.from_config(AutoConfig.for_model(kind, image_size=32, **config)).save_pretrained(tmp_path)
+    shutil.copy(encoders["siglip"] / "preprocessor_config.json", tmp_path)
+    rejected(lambda: assemble(llm_folder, tmp_path), "vision encoder", word)
 
 
 def test_tokenizers_and_templates_that_cannot_be_used(vision_folder: Path, llm_folder: Path, tmp_path: Path) -> None:

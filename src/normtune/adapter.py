@@ -59,7 +59,7 @@ def save_adapter(model: nn.Module, folder: str | Path, **facts: Any) -> Path:
     """
     state = tuning(model)
     parameters = dict(model.named_parameters())
-    names = [n for n in {**dict.fromkeys(state.tuned), **dict.fromkeys(trainable(model))} if not is_lora(n)]
+    names = [n for n in state.tuned if not is_lora(n)]
     if not names and state.lora is None:
         raise InputError("the model has no tuned tensors; call normtune.apply and train before saving an adapter")
     tensors = {plain(n): parameters[n].detach().float().cpu().contiguous() for n in names}
@@ -81,10 +81,6 @@ def save_adapter(model: nn.Module, folder: str | Path, **facts: Any) -> Path:
         if state.lora is not None:
             save_lora(model, temporary / "lora")
     return Path(folder)
-
-
-def trainable(model: nn.Module) -> list[str]:
-    return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def plain(name: str) -> str:

@@ -62,7 +62,7 @@ def probe_encoder(encoder: Any, image_processor: Any, name: str) -> Features:
     dtype = next(encoder.parameters()).dtype
     with _running(f"vision encoder {name} does not run on preprocessed images", _USABLE):
         states = encoder(pixels.to(dtype), output_hidden_states=True, return_dict=True).hidden_states
-    if not states or any(not isinstance(s, torch.Tensor) or s.ndim != 3 for s in states):
+    if not states or any(not isinstance(s, torch.Tensor) or s.ndim != 3 or len(s) != 2 for s in states):
         raise InputError(f"vision encoder {name} gives no hidden states of shape [B, T, H].\n{_USABLE}")
     layer = -2 if len(states) > 2 else -1
     first, chosen = states[0], states[layer]
@@ -108,13 +108,13 @@ def _pixels(image_processor: Any, name: str) -> torch.Tensor:
 
 
 def _patch_size(config: Any, height: int, width: int, patches: int) -> int | None:
-    """The patch size in pixels with which `LlavaProcessor` counts `patches`: the declared one, else a fitting one."""
+    """The patch size in pixels by which `LlavaProcessor` counts `patches`: the declared one, or one that fits if none
+    is declared; None if it does not fit (an encoder that merges or masks patches)."""
     declared = getattr(config, "patch_size", None)
     if isinstance(declared, list | tuple) and len(set(declared)) == 1:
         declared = declared[0]
-    candidates = [declared] if isinstance(declared, int) and declared > 0 else []
-    candidates += list(range(1, min(height, width) + 1))
-    return next((p for p in candidates if (height // p) * (width // p) == patches), None)
+    candidates = range(1, min(height, width) + 1) if declared is None else [declared]
+    return next((p for p in candidates if isinstance(p, int) and (height // p) * (width // p) == patches), None)
 
 
 def probe_llm(language: Any, image_length: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -221,12 +221,11 @@ def copy_on_cpu(module: nn.Module) -> nn.Module:
 
 
 def final_norms(model: nn.Module, llm: str, blocks: list[str], finder: NormFinder) -> list[str]:
-    """Norms beside the blocks that come after them (a norm before them belongs to the embedding)."""
+    """Norms beside the blocks, but for one that is named after the embedding: it acts before the blocks."""
     owner = model.get_submodule(llm)
-    block_list = blocks[0].removeprefix(f"{llm}.").partition(".")[0] if llm else blocks[0].partition(".")[0]
-    children = list(owner.named_children())
-    after = [name for name, _ in children].index(block_list)
-    return [f"{llm}.{n}" if llm else n for n, child in children[after + 1 :] if finder.is_norm(child)]
+    norms = [name for name, child in owner.named_children() if finder.is_norm(child)]
+    before = [name for name in norms if "embed" in name]
+    return [f"{llm}.{name}" if llm else name for name in norms if name not in before]
 
 
 def find_vision(model: nn.Module, llm: str, head: nn.Module | None) -> tuple[list[str], list[str]]:

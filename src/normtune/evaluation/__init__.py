@@ -14,9 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
 
-from normtune.chat import Turn
+from normtune.chat import PLACEHOLDER, Turn
 from normtune.errors import InputError
-from normtune.evaluation.answering import IMAGE, Request, answer, generate
+from normtune.evaluation.answering import Request, answer, generate
 from normtune.evaluation.selection import CONTROLS, Control, images_shown, select, shuffled_images
 from normtune.tasks import TASKS, Item, Task
 
@@ -91,5 +91,5 @@ def _check(benchmarks: Sequence[str], control: str, limit: int | None, batch_siz
 
 
 def _request(name: str, item: Item, image: Path | None) -> Request:
-    text = item.question if image is None else f"{IMAGE}\n{item.question}"
+    text = item.question if image is None else f"{PLACEHOLDER}\n{item.question}"
     return Request((Turn("user", text),), () if image is None else (image,), f"{name}, item '{item.id}'")

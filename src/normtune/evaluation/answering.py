@@ -21,11 +21,9 @@ from PIL import Image
 from transformers import GenerationConfig, LlavaProcessor, PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from normtune.chat import Chat, Turn
+from normtune.chat import PLACEHOLDER, Chat, Turn
 from normtune.data import open_image
 from normtune.errors import InputError
-
-IMAGE = "<image>"
 
 # Prompts are sorted by length within this many batches, and the image features of as many are held at once:
 # enough to save padding, few enough for the features of 7B models (576 x 4096 values an image).
@@ -41,11 +39,11 @@ class Request:
     where: str
 
     def __post_init__(self) -> None:
-        places = sum(turn.text.count(IMAGE) for turn in self.turns)
+        places = sum(turn.text.count(PLACEHOLDER) for turn in self.turns)
         if places != len(self.images):
             raise InputError(
-                f"{self.where}: {places} '{IMAGE}' in the text for {len(self.images)} image(s).\n"
-                f"Write '{IMAGE}' once per image."
+                f"{self.where}: {places} '{PLACEHOLDER}' in the text for {len(self.images)} image(s).\n"
+                f"Write '{PLACEHOLDER}' once per image."
             )
 
     @property
@@ -232,7 +230,7 @@ def _messages(request: Request) -> list[dict[str, Any]]:
     messages = []
     for turn in request.turns:
         content: list[dict[str, Any]] = []
-        for place, text in enumerate(turn.text.split(IMAGE)):
+        for place, text in enumerate(turn.text.split(PLACEHOLDER)):
             if place:
                 content.append({"type": "image", "image": _open(next(pictures), request.where)})
             if text.strip("\n"):
