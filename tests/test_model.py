@@ -183,6 +183,21 @@ def test_bfloat16_casts_every_weight_and_nothing_else(
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
+def test_hub_ids_come_from_the_cache(
+    llm_folder: Path, vision_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, folder in (("llm", llm_folder), ("vision", vision_folder)):
+        repository, commit = tmp_path / f"models--someone--{name}", "0" * 40
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+    model, _ = assemble("someone/llm", "someone/vision")
+    expected = assemble(llm_folder, vision_folder)[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert model.config.text_config.name_or_path == "someone/llm"
+
+
 def test_an_encoder_of_one_layer_gives_that_layer(llm_folder: Path, tmp_path: Path) -> None:
     vision = tiny_vision(tmp_path / "vision", "clip_vision", num_hidden_layers=1)
     model, processor = assemble(llm_folder, vision)
@@ -439,6 +454,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "config not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ("config.json",)),
     "model type unknown": (lambda f: edit(f / "config.json", lambda c: c.update(model_type="nope")), ("nope",)),
     "model type missing": (lambda f: edit(f / "config.json", lambda c: c.pop("model_type")), ("Unrecognized",)),
+    "code of its own": (
+        lambda f: edit(f / "config.json", lambda c: c.update(model_type="own", auto_map={"AutoConfig": "code.Own"})),
+        ("custom code",),
+    ),
     "quantized": (
         lambda f: edit(f / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq", "bits": 4})),
         ("quantized",),

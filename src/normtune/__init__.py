@@ -27,7 +27,24 @@ _HOMES = {
     "open_tuned": "tuned",
 }
 
-__all__ = [*_HOMES, "evaluate", "train"]
+__all__ = [
+    "Anatomy",
+    "InputError",
+    "JobError",
+    "Report",
+    "anatomy",
+    "apply",
+    "assemble",
+    "evaluate",
+    "load",
+    "load_adapter",
+    "merge",
+    "open_tuned",
+    "remove_adapter",
+    "save",
+    "save_adapter",
+    "train",
+]
 
 if TYPE_CHECKING:
     from normtune.adapter import load_adapter, merge, remove_adapter, save_adapter

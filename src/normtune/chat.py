@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -65,14 +66,9 @@ class Chat:
             neither an end of turn in the template nor an eos_token.
     """
 
-    stop_ids: tuple[int, ...]
-
     def __init__(self, tokenizer: Any, template: str, image_token: str) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise InputError(
-                f"{type(tokenizer).__name__} is a slow tokenizer: it gives no character offsets for the label mask.\n"
-                "Save the model with its fast tokenizer (tokenizer.json)."
-            )
+            raise InputError("the tokenizer is a slow one (no offsets): save the model with a tokenizer.json.")
         self.tokenizer, self.template, self.image_token = tokenizer, template, image_token
         self._image_id = tokenizer.get_vocab().get(image_token)
         self._added = _added_tokens(tokenizer, image_token)
@@ -84,13 +80,16 @@ class Chat:
     def from_processor(cls, processor: Any) -> Chat:
         """Of a processor (its template, else its tokenizer's), or of a tokenizer alone. InputError without one."""
         tokenizer = getattr(processor, "tokenizer", processor)
-        template = _default(getattr(processor, "chat_template", None)) or _default(tokenizer.chat_template)
-        if not template:
-            raise InputError(
-                "the model's processor and tokenizer have no chat template.\n"
-                "Put a chat_template.jinja into the model's folder, such as that of its instruct version."
-            )
-        return cls(tokenizer, template, str(getattr(processor, "image_token", None) or PLACEHOLDER))
+        for owner in (processor, tokenizer):
+            template = getattr(owner, "chat_template", None)
+            if isinstance(template, dict):  # several, by name
+                template = template.get("default") or next(iter(template.values()), None)
+            if template:
+                return cls(tokenizer, template, str(getattr(processor, "image_token", None) or PLACEHOLDER))
+        raise InputError(
+            "the model's processor and tokenizer have no chat template.\n"
+            "Put a chat_template.jinja into the model's folder, such as that of its instruct version."
+        )
 
     def encode(self, turns: Sequence[Turn], image_lengths: Sequence[int], max_length: int | None = None) -> Encoded:
         """Ids and mask of a whole conversation whose images take `image_lengths` tokens each.
@@ -107,9 +106,9 @@ class Chat:
         if max_length is None or len(whole.input_ids) <= max_length:
             return whole
 
-        def first(count: int) -> Encoded:
-            images = sum(turn.text.count(self.image_token) for turn in turns[:count])
-            return replace(self._encode(turns[:count], image_lengths[:images]), cut_turns=len(turns) - count)
+        def first(number: int) -> Encoded:
+            images = sum(turn.text.count(self.image_token) for turn in turns[:number])
+            return replace(self._encode(turns[:number], image_lengths[:images]), cut_turns=len(turns) - number)
 
         roles = [turn.role for turn in turns] + [""]
         ends = [n for n in range(1, len(roles)) if roles[n - 1] == "assistant" != roles[n]]
@@ -151,23 +150,19 @@ class Chat:
         first_header, _, rest = text.partition(user.text)
         header, _, tail = rest.partition(answer.text)
         plain, prompt = self._render([user]), self._render([user], True)
-        self._header: str | None = None  # the generation prompt; "" where it is more than something appended
-        if prompt != plain:
-            self._header = prompt[len(plain) :] if prompt.startswith(plain) else ""
+        # The generation prompt, None without one; "" where it is not just appended.
+        self._header = None if prompt == plain else prompt[len(plain) :] if prompt.startswith(plain) else ""
         self._blanks = len(header) - len(header.rstrip(" "))
-        last = self._ending(tail)
-        inner = None
         try:
             between = self._render([user, answer, again, answer]).partition(answer.text)[2].partition(again.text)[0]
         except InputError:  # a template for one question only
             between = ""
-        if not last.text or not between.startswith(last.text):
-            inner = self._ending(between, 1)
-            # A token that only opens the user's turn is no end, unless it closes the user's own turn as well.
-            opens = inner.text.lstrip() in first_header and inner.text != self._ending(header, 1).text
-            if opens or not inner.tokens or not self._added.match(inner.text.lstrip()):
-                inner = None
-        self._endings = [ending for ending in (last, inner) if ending is not None and ending.text]
+        last, inner = self._ending(tail), self._ending(between, 1)
+        # A token that only opens the user's turn is no end, unless it closes the user's own turn as well.
+        opens = inner.text.lstrip() in first_header and inner.text != self._ending(header, 1).text
+        same = last.text and between.startswith(last.text)
+        alone = same or opens or not self._added.match(inner.text.lstrip())
+        self._endings = [ending for ending in ((last,) if alone else (last, inner)) if ending.text]
         eos = self.tokenizer.eos_token_id
         if not last.tokens and eos is None:
             raise InputError(
@@ -175,7 +170,7 @@ class Chat:
                 "so that the model cannot learn to stop: set eos_token in tokenizer_config.json."
             )
         stops = [*(token for ending in self._endings for token in ending.tokens), *([] if eos is None else [eos])]
-        self.stop_ids = tuple(dict.fromkeys(stops))
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(stops))
         self._stop = eos if eos is not None else self.stop_ids[0]
 
     def _probe_content(self, user: Turn, answer: Turn) -> str:
@@ -252,17 +247,17 @@ class Chat:
 
     def _start(self, turns: Sequence[Turn], index: int, text: str, head: str) -> int | None:
         """Where turn `index` of `text` starts to be the model's: after the generation prompt, if `text` holds it."""
-        own = not text.startswith(head)  # the answer changes how its own turn begins, as a think block does
-        if self._header is not None and index > 0 and turns[index - 1].role == "user":
-            opening, before = self._render(turns[:index], True), self._render(turns[:index])
-            shared = _shared(text, head) if own else len(head)
-            if not own or (text.startswith(before) and shared >= len(before)):
-                return len(opening) if text.startswith(opening) else self._after(head) if not own else shared
-        return None if own else self._after(head)
-
-    def _after(self, head: str) -> int:
-        """Where `head` ends but for the blanks that a template without a generation prompt writes before an answer."""
-        return len(head) - (0 if self._header and head.endswith(self._header) else self._blanks)
+        changed = not text.startswith(head)  # the answer changes how its own turn begins, as a think block does
+        start = len(head) - (0 if self._header and head.endswith(self._header) else self._blanks)
+        if self._header is None or index == 0 or turns[index - 1].role != "user":
+            return None if changed else start
+        opening = self._render(turns[:index], True)
+        if changed:
+            before = self._render(turns[:index])
+            start = next((n for n, (a, b) in enumerate(zip(text, head, strict=False)) if a != b), len(text))
+            if not text.startswith(before) or start < len(before):
+                return None
+        return len(opening) if text.startswith(opening) else start
 
     def _encode(self, turns: Sequence[Turn], image_lengths: Sequence[int]) -> Encoded:
         """Ids and mask, uncut, of turns whose placeholders are image tokens already."""
@@ -277,10 +272,8 @@ class Chat:
             text, spans = render()
         except InputError:  # a template may write the time, and the clock may have moved on between two renderings
             text, spans = render()
-        closed = True
-        if answers and answers[-1] == len(turns) - 1:
-            closed = spans[-1][2]
-            text = text if closed else text[: spans[-1][1]]
+        closed = answers[-1:] != [len(turns) - 1] or spans[-1][2]
+        text = text if closed else text[: spans[-1][1]]
         ids, offsets = self._tokenize(text)
         ids, supervised = self._expand(ids, _supervise(text, offsets, spans), image_lengths)
         if not closed:
@@ -337,18 +330,9 @@ def _cut_answer(encoded: Encoded, max_length: int, image_id: int | None) -> Enco
 
 def _unused_mark(turns: Iterable[Turn], text: str) -> str:
     """A text that occurs neither in the turns nor in `text`, plain enough for any template to keep."""
-    mark, number = _MARK, 0
     texts = [text, *(turn.text for turn in turns)]
-    while any(mark in each for each in texts):
-        mark, number = f"{_MARK}{number}", number + 1
-    return mark
-
-
-def _default(template: str | dict[str, str] | None) -> str | None:
-    """Of several named templates the default one."""
-    if isinstance(template, dict):
-        return template.get("default") or next(iter(template.values()), None)
-    return template
+    marks = (f"{_MARK}{n}" for n in count())
+    return next(mark for mark in marks if not any(mark in each for each in texts))
 
 
 def _added_tokens(tokenizer: Any, image_token: str) -> re.Pattern[str]:

@@ -39,7 +39,7 @@ from transformers.models.auto.modeling_auto import (
 
 from normtune import templates
 from normtune.errors import InputError
-from normtune.pretrained import CHECKED, check_complete, locate, read_config, reading, torch_dtype
+from normtune.pretrained import CHECKED, TRUSTED, check_complete, locate, read_config, reading, torch_dtype
 from normtune.probes import Features, check_text, probe_encoder, probe_llm
 from normtune.runlog import atomic_folder
 from normtune.templates import IMAGE_TOKEN
@@ -113,7 +113,7 @@ def load(path: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any
             "vision encoder as `vision`; `path` is for a model that has both."
         )
     with reading("processor of model", source):
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, **TRUSTED)
     if not all(hasattr(processor, part) for part in ("tokenizer", "image_processor")):
         raise InputError(
             f"model {path} has no processor (processor_config.json, tokenizer files).\nCopy or download them as well."
@@ -155,7 +155,7 @@ def _load_llm(reference: str | os.PathLike[str], dtype: torch.dtype) -> tuple[An
             "Give a text LLM; a model that takes images already goes under `path` in the recipe."
         )
     with reading("tokenizer of LLM", source):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **TRUSTED)
     # Some tokenizer classes come up empty, without an error, where their files are missing.
     if not tokenizer("Hello, world").input_ids or not tokenizer.is_fast:
         raise InputError(
@@ -179,7 +179,7 @@ def _load_encoder(reference: str | os.PathLike[str], dtype: torch.dtype) -> tupl
             f"{what} {reference} ({config.model_type}) takes no images.\nGive a CLIP, SigLIP or DINOv2 model."
         )
     with reading(f"image processor of {what}", source):
-        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **TRUSTED)
     with reading(what, source):
         encoder, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, **CHECKED)
     check_complete(info, what, source)

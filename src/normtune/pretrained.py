@@ -24,8 +24,10 @@ from normtune.errors import InputError, JobError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-CHECKED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""Options of `from_pretrained` whose answer `check_complete` reads, to name what does not fit."""
+TRUSTED: dict[str, Any] = {"trust_remote_code": False}
+"""Options of every `from_pretrained`: code in a model folder is never run, and transformers never asks whether."""
+CHECKED: dict[str, Any] = {**TRUSTED, "output_loading_info": True, "ignore_mismatched_sizes": True}
+"""Options of a model's `from_pretrained`, whose answer `check_complete` reads to name what does not fit."""
 
 _JSON_FILES = (
     "config.json",
@@ -73,7 +75,7 @@ def locate(reference: str | os.PathLike[str], what: str, weights: bool = True) -
 def read_config(source: str, what: str) -> Any:
     """The configuration at `source` (from `locate`) as a transformers config object."""
     with reading(what, source):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **TRUSTED)
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{what} {source} is quantized already.\nGive the folder with the unquantized weights.")
     return config

@@ -25,19 +25,18 @@ from normtune.strategy import Report, tuning
 GUARD_STEPS = 10  # a gain that trains at all has moved by then
 
 
-def make_optimizer(model: nn.Module, stage: Stage, report: Report) -> torch.optim.AdamW:
-    """AdamW with a group per part and decay; no decay on gains and biases (one-dimensional tensors).
-
-    Raises:
-        InputError: a learning rate for a part that this strategy does not train.
-    """
-    unknown = set(stage.learning_rates) - set(report.part_of.values())
+def check_rates(stage: Stage, parts: set[str]) -> None:
+    """Raises InputError for a learning rate of a part that the stage does not train."""
+    unknown = sorted(set(stage.learning_rates) - parts)
     if unknown:
-        trained = ", ".join(dict.fromkeys(report.part_of.values()))
         raise InputError(
-            f"stage {stage.name}: learning_rates names {', '.join(sorted(unknown))}, which strategy {report.strategy} "
-            f"does not train; it trains {trained}"
+            f"stage {stage.name}: learning_rates names {', '.join(unknown)}, which strategy {stage.strategy} does not "
+            f"train; it trains {', '.join(sorted(parts))}"
         )
+
+
+def make_optimizer(model: nn.Module, stage: Stage, report: Report) -> torch.optim.AdamW:
+    """AdamW with a group per part and decay; no decay on gains and biases (one-dimensional tensors)."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name in report.part_of:

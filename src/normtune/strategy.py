@@ -139,6 +139,13 @@ def apply(
     return state.report
 
 
+def check(model: nn.Module, strategy: str | Sequence[str]) -> set[str]:
+    """The parts that `apply` would train; raises as it does, and touches nothing."""
+    _, parts, explicit = resolve(strategy)
+    _, skipped = select(model, tuning(model).anatomy, parts, explicit)
+    return set(parts) - set(skipped)
+
+
 def resolve(strategy: str | Sequence[str]) -> tuple[str, tuple[str, ...], bool]:
     """(label, parts, whether the parts were named one by one)."""
     if isinstance(strategy, str):

@@ -41,8 +41,8 @@ from normtune.errors import InputError, NormtuneError
 from normtune.progress import Bar, say
 from normtune.recipe import Recipe, Stage, load_recipe, parse_interval, recipe_hash, to_yaml
 from normtune.runlog import Run
-from normtune.step import Movement, make_optimizer, note_of, take_step
-from normtune.strategy import Report, apply, tuning
+from normtune.step import Movement, check_rates, make_optimizer, note_of, take_step
+from normtune.strategy import Report, apply, check, tuning
 from normtune.tuned import build
 
 MICRO_BATCH = 16
@@ -163,7 +163,10 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     torch.manual_seed(recipe.seed)
     model, processor = build(recipe.model, recipe.seed)
     for stage in recipe.stages:
+        check_rates(stage, check(model, stage.strategy))
         Mixture(stage.data)
+    if recipe.start_from is not None:
+        finished_first_stage(recipe, Path(recipe.start_from))
     if accelerator.is_main_process and not run.recipe.is_file():
         if resume:
             say(f"no run to resume in {run.folder}: starting from the beginning")

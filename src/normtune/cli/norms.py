@@ -23,8 +23,8 @@ def norms(
     from normtune.cli.output import print_json, print_table, quiet_libraries
 
     quiet_libraries()
-    from normtune.model import skeleton
     from normtune.structure import anatomy
+    from normtune.tuned import skeleton
 
     empty = skeleton(model)
     found = anatomy(empty)

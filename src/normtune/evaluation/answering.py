@@ -22,8 +22,8 @@ from transformers import GenerationConfig, LlavaProcessor, PreTrainedModel, Proc
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from normtune.chat import PLACEHOLDER, Chat, Turn
-from normtune.data import open_image
 from normtune.errors import InputError
+from normtune.images import open_image, to_rgb
 
 # Prompts are sorted by length within this many batches, and the image features of as many are held at once:
 # enough to save padding, few enough for the features of 7B models (576 x 4096 values an image).
@@ -221,7 +221,7 @@ class _Stock:
 
 
 def _open(image: Image.Image | Path, where: str) -> Image.Image:
-    return open_image(image, where) if isinstance(image, Path) else image.convert("RGB")
+    return open_image(image, where) if isinstance(image, Path) else to_rgb(image)
 
 
 def _messages(request: Request) -> list[dict[str, Any]]:

@@ -1,0 +1,61 @@
+"""`python -m benchmarks.demo`: runs the demo, keeps its figures, and writes the README's table from them.
+
+The figures go to `benchmarks/results/demo.json`; `--table` only rewrites the README from the stored ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
+BEGIN, END = "<!-- demo table: written by `make bench` -->", "<!-- end of demo table -->"
+KEPT = ("scores", "controls", "parameters", "percent", "adapter_bytes", "seconds", "peak_rss_bytes", "provenance")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", action="store_true", help="only rewrite the README's table")
+    if not parser.parse_args().table:
+        measure()
+    result = json.loads(RESULTS.read_text())
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(), table(result)))
+    print(table(result))
+
+
+def measure() -> None:
+    from normtune.cli.demo_runs import Demo
+    from normtune.cli.output import quiet_libraries
+
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as folder:
+        result = Demo(Path(folder) / "demo", quick=False).run()
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({key: result[key] for key in KEPT}, indent=1) + "\n")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as Markdown, with the hardware named."""
+    from normtune.cli.demo_report import machine, table_rows, verdict
+
+    header, rows = table_rows(result)
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join([*lines, "", verdict({**result, "quick": False}), f"Measured in {machine(result)}"])
+
+
+def with_table(text: str, new: str) -> str:
+    """`text` with what stands between the two marks replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not rest or END not in rest:
+        raise SystemExit(f"README.md lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    main()

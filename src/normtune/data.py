@@ -1,0 +1,384 @@
+"""Training data: LLaVA JSON and JSONL files to samples, mixtures of them, and batches for the model.
+
+Scope: read and check files, order samples by seed and epoch, and collate text, labels and pixels. Non-scope: how a
+conversation becomes tokens (`chat.py`), how an image file becomes RGB (`images.py`), moving batches to a device.
+Source: LLaVA's training format (Liu et al., 2023), https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
+
+A sample is an object with `conversations` (from: human | gpt, value) or `messages` (role, content), and `image` or
+`images`, names relative to the source's images folder, or neither. Each `<image>` in a user's turn is the place of
+the next image; images without any `<image>` go before the first user's text, each as "<image>" and a line break, as
+LLaVA does. Everything that can be checked without decoding an image is checked when the file is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import LlavaProcessor
+
+from normtune.chat import PLACEHOLDER, Chat, Encoded, Turn
+from normtune.errors import InputError
+from normtune.images import find_image, open_image
+from normtune.recipe import DataSource
+
+__all__ = ["Collator", "Mixture", "Sample", "open_image", "read_samples"]
+
+IGNORED = -100  # the label of a token that the loss leaves out
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_LINES = (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation: at most a system turn, then user and assistant in turn, the assistant last."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[Path, ...]  # as many as there are "<image>" in the turns
+    kind: str
+    where: str  # for messages: "file.json, item 17 (id 'x')"
+
+
+def read_samples(source: DataSource) -> list[Sample]:
+    """The first `source.limit` samples of a file, in its order.
+
+    The data file and the images folder are relative to the current directory; `kind` defaults to the file's stem.
+
+    Raises:
+        InputError: the file is missing or no JSON (with line and column); a sample is malformed, its turns do not
+            alternate, its images are missing or do not match its "<image>" (with item and id).
+    """
+    path = Path(source.path)
+    folder = None if source.images is None else Path(source.images)
+    if folder is not None and not folder.is_dir():
+        raise InputError(f"{path}: there is no images folder {folder} (relative to the current directory)")
+    samples: list[Sample] = []
+    known: dict[str, Path] = {}  # one look at the disk, and one Path, for each image of many samples
+    for item, where in _items(path):
+        samples.append(_sample(item, where, source.kind or path.stem, folder, known))
+        if len(samples) == source.limit:
+            break
+    if not samples:
+        raise InputError(f"{path}: it holds no samples")
+    return samples
+
+
+def _items(path: Path) -> Iterator[tuple[Any, str]]:
+    """The entries of a JSON list or a JSONL file, each with its name for messages."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"there is no data file {path} (relative to the current directory)") from error
+    except OSError as error:
+        raise InputError(f"data file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: it is not UTF-8 text (byte {error.start})") from error
+    if path.suffix.lower() in _LINES:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield _named(_parse(line, path, number), path, "line", number)
+        return
+    data = _parse(text, path, 1)
+    if not isinstance(data, list):
+        raise InputError(f"{path}: expected a list of samples, found {_kind(data)}")
+    for number, item in enumerate(data, 1):
+        yield _named(item, path, "item", number)
+
+
+def _parse(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        hint = ""
+        if error.msg == "Extra data" and first_line == 1 and text.lstrip().startswith("{"):
+            hint = "\nA file with one object per line must be named .jsonl."
+        raise InputError(f"{path}, line {line}, column {error.colno}: no valid JSON: {error.msg}{hint}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested without end
+        raise InputError(f"{path}: no usable JSON: {error}") from error
+
+
+def _named(item: Any, path: Path, unit: str, number: int) -> tuple[Any, str]:
+    name = item.get("id") if isinstance(item, dict) else None
+    return item, f"{path}, {unit} {number}" + (f" (id {name!r})" if name is not None else "")
+
+
+def _sample(item: Any, where: str, kind: str, folder: Path | None, known: dict[str, Path]) -> Sample:
+    """One entry, checked."""
+    if not isinstance(item, dict):
+        raise InputError(f"{where}: expected an object, found {_kind(item)}")
+    field = next((name for name in ("conversations", "messages") if item.get(name) is not None), None)
+    if field is None:
+        raise InputError(f"{where}: it has neither `conversations` nor `messages`")
+    entries = item[field]
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{where}: `{field}` must be a list of turns, found {_kind(entries)}")
+    names = _image_names(item, where)
+    inline: list[str] = []
+    turns = [_turn(entry, f"{where}, `{field}`, turn {n}", inline) for n, entry in enumerate(entries, 1)]
+    if names and inline:
+        raise InputError(f"{where}: it names images both in the sample and in the parts of its messages")
+    names = names or inline
+    turns = _with_images(turns, len(names), where)
+    _check_order(turns, f"{where}, `{field}`")
+    if names and folder is None:
+        raise InputError(f"{where}: it has an image, but the data source names no folder: give it `images: FOLDER`")
+    for name in names:
+        if name not in known and folder is not None:
+            known[name] = find_image(folder, name, where)
+    identity = str(item.get("id", where))
+    return Sample(identity, tuple(turns), tuple(known[name] for name in names), kind, where)
+
+
+def _image_names(item: dict[str, Any], where: str) -> list[str]:
+    """The image names of a sample; null and "" mean none."""
+    single, several = item.get("image") or [], item.get("images") or []
+    if single and several and single != several:
+        raise InputError(f"{where}: it has both `image` and `images`")
+    names = single or several
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{where}: `image` or `images` must be a file name or a list of them")
+    return names
+
+
+def _turn(entry: Any, where: str, images: list[str]) -> Turn:
+    """One turn of either dialect; names of images in its parts are appended to `images`."""
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: expected an object, found {_kind(entry)}")
+    name = entry.get("from", entry.get("role"))
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise InputError(f"{where}: unknown role {name!r}; known are {', '.join(_ROLES)}")
+    text = entry.get("value", entry.get("content"))
+    if isinstance(text, list):
+        text = "".join(_part(part, where, images) for part in text)
+    if not isinstance(text, str):
+        raise InputError(f"{where}: its text must be a string (or a list of parts), found {_kind(text)}")
+    if role != "user" and PLACEHOLDER in text:
+        raise InputError(f"{where}: {PLACEHOLDER} stands in the {role}'s text; only a user's turn can hold images")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: half of a surrogate pair (\\u{ord(text[error.start]):04x}) is no text") from error
+    return Turn(role, text)
+
+
+def _part(part: Any, where: str, images: list[str]) -> str:
+    """A part of a message's content as text, an image as "<image>" and a line break."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind != "image":
+        raise InputError(f'{where}: a part must be {{"type": "text", "text": ...}} or {{"type": "image"}}')
+    name = part.get("image", part.get("path"))
+    if name is not None:
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{where}: the image of a part must be a file name, found {_kind(name)}")
+        images.append(name)
+    return f"{PLACEHOLDER}\n"
+
+
+def _with_images(turns: list[Turn], images: int, where: str) -> list[Turn]:
+    """The turns with as many "<image>" as there are images; see the module's docstring."""
+    places = sum(turn.text.count(PLACEHOLDER) for turn in turns)
+    if places == images:
+        return turns
+    if places:
+        more = "more" if places > images else "fewer"
+        raise InputError(f"{where}: {more} {PLACEHOLDER} than images: {places} in the text, {images} given")
+    first = next((n for n, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        raise InputError(f"{where}: it has images, but no turn of a user")
+    return [Turn(t.role, f"{PLACEHOLDER}\n" * images + t.text) if n == first else t for n, t in enumerate(turns)]
+
+
+def _check_order(turns: list[Turn], where: str) -> None:
+    """InputError unless a user and the assistant alternate, after at most one system turn, and all say something."""
+    offset = int(turns[0].role == "system")
+    for number, turn in enumerate(turns, 1):
+        expected = "system" if number <= offset else ("user", "assistant")[(number - offset - 1) % 2]
+        if turn.role != expected:
+            raise InputError(f"{where}, turn {number}: it is the {turn.role}'s; expected the {expected}'s")
+        if not turn.text.strip():
+            raise InputError(f"{where}, turn {number} ({turn.role}): its text is empty")
+    if turns[-1].role != "assistant":
+        raise InputError(f"{where}: its last turn is the {turns[-1].role}'s; the assistant's must follow")
+
+
+def _kind(value: Any) -> str:
+    """What a JSON value is, in JSON's words."""
+    if isinstance(value, (list, dict, str)) and not value:
+        return {list: "an empty list", dict: "an empty object", str: "an empty string"}[type(value)]
+    names = {list: "a list", dict: "an object", str: "a string", bool: "true or false", type(None): "nothing"}
+    return names.get(type(value), "a number")
+
+
+class Mixture:
+    """All files of a stage as one sequence of samples, `mixture[i]`.
+
+    A file of n samples with weight w contributes round(w * n) of them to each epoch: every sample once or, above 1,
+    several times, and of what remains a subset that is drawn anew for each epoch. InputError as in `read_samples`,
+    and for a weight that leaves nothing of a file.
+    """
+
+    def __init__(self, sources: Sequence[DataSource]) -> None:
+        self.samples: list[Sample] = []
+        self._parts: list[tuple[int, int, int]] = []  # first index, samples, samples per epoch
+        for source in sources:
+            samples = read_samples(source)
+            wanted = round(source.weight * len(samples))
+            if wanted == 0:
+                raise InputError(
+                    f"{source.path}: weight {source.weight:g} of {len(samples)} samples is none: raise the weight"
+                )
+            self._parts.append((len(self.samples), len(samples), wanted))
+            self.samples += samples
+        self._last: tuple[tuple[int, int], list[int]] | None = None
+
+    def __len__(self) -> int:
+        """The number of different samples; an epoch has `len(mixture.order(seed, epoch))`."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """The indices of one epoch in their order: the same for the same seed and epoch, wherever it runs."""
+        if self._last is None or self._last[0] != (seed, epoch):
+            generator = np.random.default_rng([seed, epoch])
+            chosen = [
+                first + np.concatenate([np.tile(np.arange(n), wanted // n), generator.permutation(n)[: wanted % n]])
+                for first, n, wanted in self._parts
+            ]
+            indices = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+            self._last = (seed, epoch), generator.permutation(indices).tolist()
+        return list(self._last[1])
+
+
+class Collator:
+    """Samples to a batch for the model, `collator(samples)`: tokens padded on the right, labels, pixels.
+
+    Args:
+        processor: a `LlavaProcessor`, or another whose images become one run of image tokens and `pixel_values`
+            [N, 3, h, w] alone.
+        max_length: the most tokens of a sample, image tokens included; see `Chat.encode` for what is cut.
+
+    Attributes:
+        counts: samples, images, tokens and supervised tokens over its life, and what it left out: cut_turns,
+            cut_tokens, cut_images, and dropped samples, of which nothing to learn remained. (In a `DataLoader` with
+            workers each of them counts for itself.)
+
+    Raises:
+        InputError: no chat template, or a processor that lays images out in another way.
+    """
+
+    def __init__(self, processor: Any, max_length: int | None) -> None:
+        self.processor, self.max_length = processor, max_length
+        self.chat = Chat.from_processor(processor)
+        self.counts: Counter[str] = Counter()
+        pad = self.chat.tokenizer.pad_token_id
+        self._pad = self.chat.stop_ids[0] if pad is None else pad
+        if getattr(processor, "image_processor", None) is not None:
+            self._check_processor()
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """One row per sample. A sample of which nothing remains is a row of one token without labels.
+
+        Returns:
+            input_ids, attention_mask (0 on padding), labels (-100 where unsupervised): [B, S] int64; pixel_values:
+            [N, 3, h, w] float32, the images of all rows in their order, absent if there are none.
+
+        Raises:
+            InputError: naming the sample, for an image that cannot be opened and as in `Chat.encode`.
+        """
+        images = [open_image(path, sample.where) for sample in samples for path in sample.images]
+        pixels, lengths = self._process(images)
+        encoded: list[Encoded] = []
+        kept: list[int] = []
+        first = 0
+        for sample in samples:
+            last = first + len(sample.images)
+            try:
+                row = self.chat.encode(sample.turns, lengths[first:last], self.max_length)
+            except InputError as error:
+                raise InputError(f"{sample.where}: {error}") from error
+            kept += range(first, first + row.images)
+            encoded.append(row)
+            first = last
+        self._count(encoded, len(images))
+        batch = self._pad_rows(encoded)
+        if pixels is not None and kept:
+            batch["pixel_values"] = pixels if len(kept) == len(images) else pixels[kept]
+        return batch
+
+    def _pad_rows(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        width = max((len(row.input_ids) for row in rows), default=0)
+        ids = torch.full((len(rows), width), self._pad)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for number, row in enumerate(rows):
+            length = len(row.input_ids)
+            own = torch.tensor(row.input_ids)
+            ids[number, :length] = own
+            mask[number, :length] = 1
+            # By the mask and not by the id: the pad token may be the very token that ends a turn.
+            labels[number, :length] = own.where(torch.tensor(row.supervised), IGNORED)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def _count(self, rows: Sequence[Encoded], images: int) -> None:
+        used = sum(row.images for row in rows)
+        self.counts.update(
+            samples=len(rows),
+            images=used,
+            tokens=sum(len(row.input_ids) for row in rows),
+            supervised=sum(sum(row.supervised) for row in rows),
+            cut_turns=sum(row.cut_turns for row in rows),
+            cut_tokens=sum(row.cut_tokens for row in rows),
+            cut_images=images - used,
+            dropped=sum(not any(row.supervised) for row in rows),
+        )
+
+    def _process(self, images: list[Image.Image]) -> tuple[torch.Tensor | None, list[int]]:
+        """pixel_values [N, 3, h, w] float32 and the number of image tokens of each image."""
+        if not images:
+            return None, []
+        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"].float()
+        if not isinstance(self.processor, LlavaProcessor):
+            sizes = [[image.height, image.width] for image in images]
+            return pixels, list(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+        # What LlavaProcessor does when it gets the text and the images together.
+        height, width = pixels.shape[-2:]
+        tokens = (height // self.processor.patch_size) * (width // self.processor.patch_size)
+        tokens += self.processor.num_additional_image_tokens
+        tokens -= self.processor.vision_feature_select_strategy == "default"
+        return pixels, [tokens] * len(images)
+
+    def _check_processor(self) -> None:
+        """Compares a small batch with the processor's own: a processor with another layout would train on nonsense."""
+        name = type(self.processor).__name__
+        turns = [Turn("user", f"{PLACEHOLDER}\nWhat?")]
+        images = [Image.new("RGB", (48, 32), "gray")]
+        text = self.chat.text(turns, prompt=True)
+        bos = self.chat.tokenizer.bos_token
+        try:
+            own = self.processor(text=text, images=images, add_special_tokens=not (bos and text.startswith(bos)))
+            pixels, lengths = self._process(images)
+            same = own["input_ids"][0] == self.chat.prompt(turns, lengths)
+            alone = pixels is not None and pixels.ndim == 4
+            alone = alone and set(own) <= {"input_ids", "attention_mask", "token_type_ids", "pixel_values"}
+            problem = "" if same and alone else "it lays images out in a way of its own"
+        except Exception as error:  # whatever a foreign processor raises means the same
+            problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        if problem:
+            raise InputError(
+                f"{name} is not supported for training yet ({problem}).\n"
+                "A LlavaProcessor needs patch_size and vision_feature_select_strategy in processor_config.json."
+            )

@@ -1,0 +1,323 @@
+"""The loop: losses, accumulation, resume, stages, guards. Tiny models, fp32, one thread: results are exact."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from normtune import checkpoint, runlog, training
+from normtune.errors import InputError, JobError
+from normtune.recipe import Stage
+from normtune.step import check_rates, make_optimizer, schedule, supervised_loss
+from normtune.strategy import apply
+from normtune.training import Interrupted, train
+from normtune.tuned import open_tuned
+from stubs import inputs, llava
+from toys import toy_data, toy_recipe
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_data(tmp_path_factory.mktemp("toys") / "data")
+
+
+@pytest.fixture
+def recipe(llm_folder: Path, vision_folder: Path, toys: Path) -> dict[str, Any]:
+    return toy_recipe(llm_folder, vision_folder, toys)
+
+
+def adapter(folder: Path) -> Tensors:
+    return load_file(folder / "adapter" / "adapter.safetensors")
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(a: Tensors, b: Tensors) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_loss_is_the_sum_over_supervised_tokens() -> None:
+    model = llava()
+    batch = inputs(model)
+    labels = batch.pop("labels").clone()
+    labels[:, :20] = -100
+    labels[1, 22:] = -100
+    loss = supervised_loss(model, {**batch, "labels": labels})
+    count = int((labels[:, 1:] != -100).sum())
+    wanted = model(**batch, labels=labels).loss * count
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_head_runs_on_supervised_columns_only() -> None:
+    model = llava()
+    batch = inputs(model)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, :-3] = -100
+    widths: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: widths.append(args[0].shape[1]))
+    supervised_loss(model, batch)
+    assert widths == [3]
+
+
+def test_micro_batches_do_not_change_the_update(recipe: dict[str, Any], tmp_path: Path) -> None:
+    for stage in recipe["stages"]:
+        stage["max_steps"] = 2
+    train(recipe, out=tmp_path / "one", quiet=True)
+    for stage in recipe["stages"]:
+        stage["micro_batch_size"] = 3
+    train(recipe, out=tmp_path / "many", quiet=True)
+    one, many = adapter(tmp_path / "one"), adapter(tmp_path / "many")
+    for name, tensor in one.items():
+        assert (tensor - many[name]).norm() <= 1e-4 * tensor.norm() + 1e-6, name
+    losses = [[line["loss"] for line in lines(tmp_path / run) if "loss" in line] for run in ("one", "many")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_run_folder_and_log(recipe: dict[str, Any], tmp_path: Path) -> None:
+    run = train(recipe, out=tmp_path / "run", quiet=True)
+    assert {p.name for p in run.folder.iterdir()} == {"recipe.yaml", "log.jsonl", "checkpoints", "adapter"}
+    log = lines(run.folder)
+    starts = [(line["stage"], line["step"]) for line in log if line.get("event") == "start"]
+    assert starts == [("align", 0), ("instruct", 0)]
+    steps = [(line["stage"], line["step"]) for line in log if "loss" in line]
+    assert steps == [(name, step) for name in ("align", "instruct") for step in range(1, 7)]
+    assert log[-2]["moved"] == 100.0 and log[-1]["event"] == "end"
+    instruct = [line["loss"] for line in log if line.get("stage") == "instruct" and "loss" in line]
+    assert instruct[-1] < instruct[0]
+    record = json.loads((run.folder / "adapter" / "adapter.json").read_text())
+    assert record["strategy"] == "layernorm" and record["base"]["model"]["llm"] == recipe["model"]["llm"]
+
+
+def test_run_and_adapter_folder_open_to_the_trained_model(recipe: dict[str, Any], tmp_path: Path) -> None:
+    run = train(recipe, out=tmp_path / "run", quiet=True)
+    trained = dict(run.model.named_parameters())
+    for path in (run.folder, run.folder / "adapter"):
+        for name, parameter in open_tuned(path).model.named_parameters():
+            assert torch.equal(parameter, trained[name]), name
+
+
+@pytest.mark.parametrize("strategy", ["layernorm", "lora"])
+@pytest.mark.parametrize("stop_at", [("align", 2), ("align", 6), ("instruct", 4)], ids=str)
+def test_resumed_run_is_bit_identical(
+    recipe: dict[str, Any], strategy: str, stop_at: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe["stages"][1].update(strategy=strategy, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
+    train(recipe, out=tmp_path / "whole", quiet=True)
+    whole = training.keep_safe
+
+    def interrupting(loop: Any, optimizer: Any, index: int, step: int, total: int) -> None:
+        if (loop.recipe.stages[index].name, step) == stop_at:
+            loop.stop.set()
+        whole(loop, optimizer, index, step, total)
+
+    monkeypatch.setattr(training, "keep_safe", interrupting)
+    with pytest.raises(Interrupted, match="--resume") as error:
+        train(recipe, out=tmp_path / "cut", quiet=True)
+    assert error.value.exit_code == 130
+    assert not (tmp_path / "cut" / "adapter").exists()
+    monkeypatch.setattr(training, "keep_safe", whole)
+    train(recipe, out=tmp_path / "cut", resume=True, quiet=True)
+    assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / "cut"))
+    if strategy == "lora":
+        files = [load_file(tmp_path / run / "adapter/lora/adapter_model.safetensors") for run in ("whole", "cut")]
+        assert_same(*files)
+    steps = [(line["stage"], line["step"]) for line in lines(tmp_path / "cut") if "loss" in line]
+    assert steps == [(line["stage"], line["step"]) for line in lines(tmp_path / "whole") if "loss" in line]
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe["save_every"] = 2
+    train(recipe, out=tmp_path / "run", quiet=True)
+    wanted = adapter(tmp_path / "run")
+    torn = tmp_path / "run" / "checkpoints" / "instruct-6" / "tensors.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    for path in (tmp_path / "run" / "adapter").iterdir():
+        path.unlink()
+    (tmp_path / "run" / "adapter").rmdir()
+    train(recipe, out=tmp_path / "run", resume=True)
+    assert "damaged" in capsys.readouterr().err
+    assert_same(wanted, adapter(tmp_path / "run"))
+
+
+def test_only_the_last_checkpoints_are_kept(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train({**recipe, "save_every": 1, "keep": 2}, out=tmp_path / "run", quiet=True)
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["align-5", "align-6", "instruct-5", "instruct-6"]
+
+
+def test_start_from_reuses_stage_one(recipe: dict[str, Any], tmp_path: Path) -> None:
+    train(recipe, out=tmp_path / "first", quiet=True)
+    second = train({**recipe, "start_from": str(tmp_path / "first")}, out=tmp_path / "second", quiet=True)
+    assert_same(adapter(tmp_path / "first"), adapter(tmp_path / "second"))
+    assert {line.get("stage") for line in lines(second.folder)} == {"instruct", None}
+    for changes, words in [
+        ({"start_from": str(tmp_path / "nowhere")}, "no run at"),
+        ({"model": {**recipe["model"], "connector": "linear"}}, "another model"),
+        ({"stages": recipe["stages"][:1]}, "no other"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            train({**recipe, "start_from": str(tmp_path / "first"), **changes}, out=tmp_path / "third", quiet=True)
+
+
+def test_existing_run_changed_recipe_finished_run(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe, out=tmp_path / "run", quiet=True)
+    with pytest.raises(InputError, match=r"exists already.*--resume"):
+        train(recipe, out=tmp_path / "run", quiet=True)
+    with pytest.raises(InputError, match=r"stages\.1\.learning_rate"):
+        train(recipe, out=tmp_path / "run", resume=True, **{"stages.1.learning_rate": 1e-3})
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    train(recipe, out=tmp_path / "run", resume=True)
+    assert "finished already" in capsys.readouterr().err
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before
+
+
+def test_resume_without_a_run_starts_over_and_says_so(
+    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe, out=tmp_path / "run", resume=True)
+    assert "starting from the beginning" in capsys.readouterr().err
+    assert (tmp_path / "run" / "adapter" / "adapter.json").is_file()
+
+
+def test_gains_that_cannot_move_stop_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["stages"][1].update(strategy="layernorm-simple", learning_rate=1e-12, max_steps=20)
+    with pytest.raises(JobError, match="not one gain has moved"):
+        train(recipe, out=tmp_path / "run", quiet=True)
+
+
+def test_loss_that_is_not_finite_stops_before_the_update(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("normtune.step.supervised_loss", lambda model, batch: supervised_loss(model, batch) * math.nan)
+        with pytest.raises(JobError, match=r"align, step 1: loss nan.*lower learning_rate"):
+            train(recipe, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_full_disk_keeps_the_checkpoint_before(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = []
+
+    def save_file(tensors: Any, path: Path, *rest: Any) -> None:
+        saves.append(path)
+        if len(saves) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path, *rest)
+
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(JobError, match="No space left"):
+        train({**recipe, "save_every": 2}, out=tmp_path / "run", quiet=True)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["align-2", "align-4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": [{"path": "nowhere.json"}]}, "no data file at nowhere.json"),
+        ({"strategy": ["qk_norms"]}, "no part 'qk_norms'"),
+        ({"learning_rates": {"mlp": 1e-3}}, "mlp"),
+    ],
+)
+def test_faults_are_found_before_anything_is_written(
+    recipe: dict[str, Any], changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    recipe["stages"][1].update(changes)
+    with pytest.raises(InputError, match=words):
+        train(recipe, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_small_max_length_is_no_silent_success(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["stages"][0]["max_length"] = 10
+    with pytest.raises(JobError, match="supervised"):
+        train(recipe, out=tmp_path / "run", quiet=True)
+
+
+def test_optimizer_groups_have_rates_by_part_and_no_decay_on_vectors() -> None:
+    model = llava()
+    report = apply(model, "layernorm")
+    stage = Stage.model_validate(
+        {
+            "name": "s",
+            "strategy": "layernorm",
+            "data": [{"path": "x"}],
+            "learning_rate": 1e-3,
+            "learning_rates": {"connector": 1e-5},
+            "weight_decay": 0.1,
+        }
+    )
+    groups = make_optimizer(model, stage, report).param_groups
+    for group in groups:
+        assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] > 0}
+    assert sorted({g["peak"] for g in groups}) == [1e-5, 1e-3]
+    wrong = stage.model_copy(update={"learning_rates": {"mlp": 1e-3}})
+    with pytest.raises(InputError, match=r"mlp.*does not train"):
+        check_rates(wrong, set(report.part_of.values()))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_schedule(kind: str) -> None:
+    stage = Stage.model_validate(
+        {
+            "name": "s",
+            "strategy": "full",
+            "data": [{"path": "x"}],
+            "learning_rate": 1,
+            "warmup_ratio": 0.1,
+            "schedule": kind,
+        }
+    )
+    factors = [schedule(stage, step, 100) for step in range(100)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1.0
+    assert factors[-1] == pytest.approx(
+        {"cosine": 0.5 * (1 + math.cos(math.pi * 89 / 90)), "linear": 1 / 90}.get(kind, 1)
+    )
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_device_that_is_not_there(recipe: dict[str, Any], device: str, tmp_path: Path) -> None:
+    available = torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()
+    if available:
+        pytest.skip("this machine has one")
+    with pytest.raises(InputError, match=f"no {device.upper()} device"):
+        train({**recipe, "device": device}, out=tmp_path / "run", quiet=True)
+
+
+def test_lora_may_not_be_lost_between_stages(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["stages"][0]["strategy"] = "lora"
+    with pytest.raises(InputError, match="lora must stay"):
+        train(recipe, out=tmp_path / "run", quiet=True)
+
+
+def test_tensorboard_gets_the_figures(recipe: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    train({**recipe, "trackers": ["tensorboard"]}, out=tmp_path / "run", quiet=True)
+    assert any((tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
+
+
+def test_torn_log_line_harms_no_other(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"a": 1}\n{"a": 2')
+    runlog.append_line(log, {"a": 3})
+    assert runlog.read_lines(log) == [{"a": 1}, {"a": 3}]
