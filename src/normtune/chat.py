@@ -120,8 +120,12 @@ class Chat:
                 best, low = trial, middle + 1
             else:
                 high = middle
-        if best is None and ends:
-            best = _cut_answer(first(ends[0]), max_length, self._image_id)
+        if best is None and ends:  # the images stand before the answer, so that none of them is cut
+            trial = first(ends[0])
+            ids, supervised = trial.input_ids[:max_length], trial.supervised[:max_length]
+            if any(supervised):
+                cut = len(trial.input_ids) - max_length
+                best = replace(trial, input_ids=ids, supervised=supervised, cut_tokens=cut)
         return best or Encoded([self._stop], [False], 0, cut_turns=len(turns))
 
     def prompt(self, turns: Sequence[Turn], image_lengths: Sequence[int]) -> list[int]:
@@ -318,14 +322,6 @@ def _supervise(text: str, offsets: Sequence[tuple[int, int]], spans: Sequence[tu
         inside = start <= first < end and last <= end
         flags.append(inside or bool(text[max(first, start) : min(last, end)].strip()))
     return flags
-
-
-def _cut_answer(encoded: Encoded, max_length: int, image_id: int | None) -> Encoded | None:
-    """`encoded` with `max_length` tokens; None if that cuts images or leaves nothing to learn."""
-    ids, supervised = encoded.input_ids[:max_length], encoded.supervised[:max_length]
-    if image_id in encoded.input_ids[max_length:] or not any(supervised):
-        return None
-    return replace(encoded, input_ids=ids, supervised=supervised, cut_tokens=len(encoded.input_ids) - max_length)
 
 
 def _unused_mark(turns: Iterable[Turn], text: str) -> str:

@@ -2,7 +2,7 @@
 
 Scope: read and check files, order samples by seed and epoch, and collate text, labels and pixels. Non-scope: how a
 conversation becomes tokens (`chat.py`), how an image file becomes RGB (`images.py`), moving batches to a device.
-Source: LLaVA's training format (Liu et al., 2023), https://github.com/haotian-liu/LLaVA/blob/main/docs/Finetune_Custom_Data.md
+Source: LLaVA's training format (Liu et al., 2023; Finetune_Custom_Data.md in its repository).
 
 A sample is an object with `conversations` (from: human | gpt, value) or `messages` (role, content), and `image` or
 `images`, names relative to the source's images folder, or neither. Each `<image>` in a user's turn is the place of
@@ -26,14 +26,13 @@ from transformers import LlavaProcessor
 
 from normtune.chat import PLACEHOLDER, Chat, Encoded, Turn
 from normtune.errors import InputError
-from normtune.images import find_image, open_image
+from normtune.images import find_image, image_names, open_image
 from normtune.recipe import DataSource
 
 __all__ = ["Collator", "Mixture", "Sample", "open_image", "read_samples"]
 
 IGNORED = -100  # the label of a token that the loss leaves out
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -75,40 +74,36 @@ def _items(path: Path) -> Iterator[tuple[Any, str]]:
     """The entries of a JSON list or a JSONL file, each with its name for messages."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise InputError(f"there is no data file {path} (relative to the current directory)") from error
     except OSError as error:
-        raise InputError(f"data file {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"data file {path} (from the current directory) cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: it is not UTF-8 text (byte {error.start})") from error
-    if path.suffix.lower() in _LINES:
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield _named(_parse(line, path, number), path, "line", number)
+                yield from _named([_parse(line, path, number)], path, "line", number)
         return
     data = _parse(text, path, 1)
     if not isinstance(data, list):
         raise InputError(f"{path}: expected a list of samples, found {_kind(data)}")
-    for number, item in enumerate(data, 1):
-        yield _named(item, path, "item", number)
+    yield from _named(data, path, "item", 1)
 
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        hint = ""
-        if error.msg == "Extra data" and first_line == 1 and text.lstrip().startswith("{"):
-            hint = "\nA file with one object per line must be named .jsonl."
-        raise InputError(f"{path}, line {line}, column {error.colno}: no valid JSON: {error.msg}{hint}") from error
+        place = f"line {first_line + error.lineno - 1}, column {error.colno}"
+        hint = " (is it one object per line? Then name it .jsonl)" if error.msg == "Extra data" else ""
+        raise InputError(f"{path}, {place}: no valid JSON: {error.msg}{hint}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested without end
         raise InputError(f"{path}: no usable JSON: {error}") from error
 
 
-def _named(item: Any, path: Path, unit: str, number: int) -> tuple[Any, str]:
-    name = item.get("id") if isinstance(item, dict) else None
-    return item, f"{path}, {unit} {number}" + (f" (id {name!r})" if name is not None else "")
+def _named(items: list[Any], path: Path, unit: str, first: int) -> Iterator[tuple[Any, str]]:
+    for number, item in enumerate(items, first):
+        name = item.get("id") if isinstance(item, dict) else None
+        yield item, f"{path}, {unit} {number}" + (f" (id {name!r})" if name is not None else "")
 
 
 def _sample(item: Any, where: str, kind: str, folder: Path | None, known: dict[str, Path]) -> Sample:
@@ -121,7 +116,7 @@ def _sample(item: Any, where: str, kind: str, folder: Path | None, known: dict[s
     entries = item[field]
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{where}: `{field}` must be a list of turns, found {_kind(entries)}")
-    names = _image_names(item, where)
+    names = image_names(item, where)
     inline: list[str] = []
     turns = [_turn(entry, f"{where}, `{field}`, turn {n}", inline) for n, entry in enumerate(entries, 1)]
     if names and inline:
@@ -129,25 +124,10 @@ def _sample(item: Any, where: str, kind: str, folder: Path | None, known: dict[s
     names = names or inline
     turns = _with_images(turns, len(names), where)
     _check_order(turns, f"{where}, `{field}`")
-    if names and folder is None:
-        raise InputError(f"{where}: it has an image, but the data source names no folder: give it `images: FOLDER`")
     for name in names:
-        if name not in known and folder is not None:
+        if name not in known:
             known[name] = find_image(folder, name, where)
-    identity = str(item.get("id", where))
-    return Sample(identity, tuple(turns), tuple(known[name] for name in names), kind, where)
-
-
-def _image_names(item: dict[str, Any], where: str) -> list[str]:
-    """The image names of a sample; null and "" mean none."""
-    single, several = item.get("image") or [], item.get("images") or []
-    if single and several and single != several:
-        raise InputError(f"{where}: it has both `image` and `images`")
-    names = single or several
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"{where}: `image` or `images` must be a file name or a list of them")
-    return names
+    return Sample(str(item.get("id", where)), tuple(turns), tuple(known[name] for name in names), kind, where)
 
 
 def _turn(entry: Any, where: str, images: list[str]) -> Turn:
@@ -216,18 +196,16 @@ def _check_order(turns: list[Turn], where: str) -> None:
 
 def _kind(value: Any) -> str:
     """What a JSON value is, in JSON's words."""
-    if isinstance(value, (list, dict, str)) and not value:
-        return {list: "an empty list", dict: "an empty object", str: "an empty string"}[type(value)]
     names = {list: "a list", dict: "an object", str: "a string", bool: "true or false", type(None): "nothing"}
-    return names.get(type(value), "a number")
+    return ("an empty list" if value == [] else "") or names.get(type(value), "a number")
 
 
 class Mixture:
     """All files of a stage as one sequence of samples, `mixture[i]`.
 
-    A file of n samples with weight w contributes round(w * n) of them to each epoch: every sample once or, above 1,
-    several times, and of what remains a subset that is drawn anew for each epoch. InputError as in `read_samples`,
-    and for a weight that leaves nothing of a file.
+    A file of n samples with weight w contributes round(w * n) of them to each epoch: all of them as often as that
+    goes, and for the rest a subset that is drawn anew for each epoch. InputError as in `read_samples`, and for a
+    weight that leaves nothing of a file.
     """
 
     def __init__(self, sources: Sequence[DataSource]) -> None:
@@ -237,9 +215,7 @@ class Mixture:
             samples = read_samples(source)
             wanted = round(source.weight * len(samples))
             if wanted == 0:
-                raise InputError(
-                    f"{source.path}: weight {source.weight:g} of {len(samples)} samples is none: raise the weight"
-                )
+                raise InputError(f"{source.path}: weight {source.weight:g} of {len(samples)} samples leaves none")
             self._parts.append((len(self.samples), len(samples), wanted))
             self.samples += samples
         self._last: tuple[tuple[int, int], list[int]] | None = None
@@ -259,23 +235,17 @@ class Mixture:
                 first + np.concatenate([np.tile(np.arange(n), wanted // n), generator.permutation(n)[: wanted % n]])
                 for first, n, wanted in self._parts
             ]
-            indices = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
-            self._last = (seed, epoch), generator.permutation(indices).tolist()
+            self._last = (seed, epoch), generator.permutation(np.concatenate(chosen)).tolist()
         return list(self._last[1])
 
 
 class Collator:
     """Samples to a batch for the model, `collator(samples)`: tokens padded on the right, labels, pixels.
 
-    Args:
-        processor: a `LlavaProcessor`, or another whose images become one run of image tokens and `pixel_values`
-            [N, 3, h, w] alone.
-        max_length: the most tokens of a sample, image tokens included; see `Chat.encode` for what is cut.
-
-    Attributes:
-        counts: samples, images, tokens and supervised tokens over its life, and what it left out: cut_turns,
-            cut_tokens, cut_images, and dropped samples, of which nothing to learn remained. (In a `DataLoader` with
-            workers each of them counts for itself.)
+    `processor` is a `LlavaProcessor`, or another whose images become one run of image tokens and `pixel_values` alone;
+    `max_length` the most tokens of a sample, image tokens included (`Chat.encode` says what is cut). `counts` adds up
+    samples, images, tokens and supervised tokens, and what was left out: cut_turns, cut_tokens, cut_images, and
+    dropped samples, of which nothing to learn remained. (Each worker process of a `DataLoader` counts for itself.)
 
     Raises:
         InputError: no chat template, or a processor that lays images out in another way.
@@ -306,14 +276,13 @@ class Collator:
         kept: list[int] = []
         first = 0
         for sample in samples:
-            last = first + len(sample.images)
             try:
-                row = self.chat.encode(sample.turns, lengths[first:last], self.max_length)
+                row = self.chat.encode(sample.turns, lengths[first : first + len(sample.images)], self.max_length)
             except InputError as error:
                 raise InputError(f"{sample.where}: {error}") from error
             kept += range(first, first + row.images)
             encoded.append(row)
-            first = last
+            first += len(sample.images)
         self._count(encoded, len(images))
         batch = self._pad_rows(encoded)
         if pixels is not None and kept:
@@ -321,14 +290,11 @@ class Collator:
         return batch
 
     def _pad_rows(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        width = max((len(row.input_ids) for row in rows), default=0)
-        ids = torch.full((len(rows), width), self._pad)
+        ids = torch.full((len(rows), max(len(row.input_ids) for row in rows)), self._pad)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
         for number, row in enumerate(rows):
-            length = len(row.input_ids)
-            own = torch.tensor(row.input_ids)
-            ids[number, :length] = own
-            mask[number, :length] = 1
+            own, length = torch.tensor(row.input_ids), len(row.input_ids)
+            ids[number, :length], mask[number, :length] = own, 1
             # By the mask and not by the id: the pad token may be the very token that ends a turn.
             labels[number, :length] = own.where(torch.tensor(row.supervised), IGNORED)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -350,6 +316,8 @@ class Collator:
         """pixel_values [N, 3, h, w] float32 and the number of image tokens of each image."""
         if not images:
             return None, []
+        if getattr(self.processor, "image_processor", None) is None:
+            raise InputError("the data has images, but the model's processor takes none: train an MLLM")
         pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"].float()
         if not isinstance(self.processor, LlavaProcessor):
             sizes = [[image.height, image.width] for image in images]
@@ -363,22 +331,21 @@ class Collator:
 
     def _check_processor(self) -> None:
         """Compares a small batch with the processor's own: a processor with another layout would train on nonsense."""
-        name = type(self.processor).__name__
-        turns = [Turn("user", f"{PLACEHOLDER}\nWhat?")]
-        images = [Image.new("RGB", (48, 32), "gray")]
+        turns = [Turn("user", f"{PLACEHOLDER}\n{PLACEHOLDER}\nWhat?")]
+        images = [Image.new("RGB", size, "gray") for size in ((48, 32), (32, 64))]
         text = self.chat.text(turns, prompt=True)
         bos = self.chat.tokenizer.bos_token
         try:
             own = self.processor(text=text, images=images, add_special_tokens=not (bos and text.startswith(bos)))
             pixels, lengths = self._process(images)
             same = own["input_ids"][0] == self.chat.prompt(turns, lengths)
-            alone = pixels is not None and pixels.ndim == 4
-            alone = alone and set(own) <= {"input_ids", "attention_mask", "token_type_ids", "pixel_values"}
-            problem = "" if same and alone else "it lays images out in a way of its own"
+            usual = set(own) <= {"input_ids", "attention_mask", "token_type_ids", "pixel_values"}
+            same = same and usual and pixels is not None and pixels.ndim == 4
+            problem = "" if same else "it lays images out in a way of its own"
         except Exception as error:  # whatever a foreign processor raises means the same
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         if problem:
             raise InputError(
-                f"{name} is not supported for training yet ({problem}).\n"
+                f"{type(self.processor).__name__} is not supported for training yet ({problem}).\n"
                 "A LlavaProcessor needs patch_size and vision_feature_select_strategy in processor_config.json."
             )

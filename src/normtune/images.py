@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,8 +16,22 @@ from PIL import Image, ImageOps
 from normtune.errors import InputError
 
 
-def find_image(folder: Path, name: str, where: str) -> Path:
+def image_names(item: dict[str, Any], where: str) -> list[str]:
+    """The names under a sample's `image` or `images`, a string or a list; null, "" and [] mean none."""
+    single, several = item.get("image") or [], item.get("images") or []
+    if single and several and single != several:
+        raise InputError(f"{where}: it has both `image` and `images`")
+    names = single or several
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{where}: `image` or `images` must be a file name or a list of them")
+    return names
+
+
+def find_image(folder: Path | None, name: str, where: str) -> Path:
     """The file that `name` means below `folder`. InputError, beginning with `where`, if it is none or lies outside."""
+    if folder is None:
+        raise InputError(f"{where}: it has an image, but the data source names no folder: give it `images: FOLDER`")
     if "://" in name or name.startswith("data:"):
         raise InputError(f"{where}: image {_short(name)} is no file: download it, images are read from a folder")
     inside = os.path.normpath(name)
@@ -41,7 +56,7 @@ def open_image(path: Path, where: str) -> Image.Image:
     try:
         with Image.open(path) as file:
             file.load()
-            return _to_rgb(_upright(file))
+            return to_rgb(_upright(file))
     except FileNotFoundError as error:
         raise InputError(f"{where}: there is no image {path}") from error
     except Image.DecompressionBombError as error:
@@ -59,7 +74,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_grey(np.asarray(image)))
     if image.has_transparency_data:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -120,11 +121,16 @@ def train(
         return Trained(run.folder, model, processor, None, 0.0)
     loop = start(recipe, run, resume, quiet)
     report = None
-    with interruptible(loop.stop):
-        first, step = recover(loop, resume)
-        for index in range(first, len(recipe.stages)):
-            report = run_stage(loop, index, step)
-            step = 0
+    try:
+        with interruptible(loop.stop):
+            first, step = recover(loop, resume)
+            for index in range(first, len(recipe.stages)):
+                report = run_stage(loop, index, step)
+                step = 0
+    except InputError:
+        if not list_checkpoints(run.checkpoints):  # nothing was trained: leave no run in the way of the next try
+            shutil.rmtree(run.folder, ignore_errors=True)
+        raise
     loop.accelerator.wait_for_everyone()
     if loop.accelerator.is_main_process:
         facts = {"base": {"model": recipe.model.model_dump(), "seed": recipe.seed}, "recipe": recipe_hash(recipe)}
