@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CHATML, CHATML_SYSTEM, LLAMA2, TEXT
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from models import CHATML, CHATML_SYSTEM, LLAMA2, TEXT
 from normtune.chat import Chat, Encoded, Turn
 from normtune.errors import InputError
 
@@ -26,7 +26,7 @@ Pieces = list[tuple[str, bool]]
 
 LLAMA3 = (
     "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
-    " + m['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    " + m['content'] | trim + '<|eot_id|>' %}{{ bos_token if loop.first }}"
     "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
@@ -36,7 +36,7 @@ VICUNA = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
     "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
@@ -66,8 +66,9 @@ MISTRAL = (  # the system text goes into the LAST user turn, so that a longer co
     "{%- if messages[0].role == 'system' -%}{%- set system = messages[0].content -%}{%- set rest = messages[1:] -%}"
     "{%- else -%}{%- set rest = messages -%}{%- endif -%}{{- bos_token }}{%- set ns = namespace(last=0) -%}"
     "{%- for m in rest -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
-    "{%- for m in rest -%}{%- if m.role == 'user' -%}{{- '[INST] ' }}{%- if system is defined and loop.index0 == ns.last"
-    " -%}{{- system + '\n\n' }}{%- endif -%}{{- m.content + ' [/INST]' }}{%- else -%}{{- ' ' + m.content + eos_token }}"
+    "{%- for m in rest -%}{%- if m.role == 'user' -%}{{- '[INST] ' }}{%- if system is defined and"
+    " loop.index0 == ns.last -%}{{- system + '\n\n' }}{%- endif -%}"
+    "{{- m.content + ' [/INST]' }}{%- else -%}{{- ' ' + m.content + eos_token }}"
     "{%- endif -%}{%- endfor -%}"
 )
 GLM = (  # nothing ends a turn but the token that opens the user's
@@ -76,13 +77,14 @@ GLM = (  # nothing ends a turn but the token that opens the user's
 )
 HARMONY = (  # another token ends the last turn, a default system turn, more header than the generation prompt
     "{%- if messages[0].role != 'system' -%}{{- '<|im_start|>system<|im_end|>You help.<|end|>' }}{%- endif -%}"
-    "{%- for m in messages -%}{{- '<|im_start|>' + m.role }}{%- if m.role == 'assistant' -%}{{- ' final' }}{%- endif -%}"
+    "{%- for m in messages -%}{{- '<|im_start|>' + m.role + (' final' if m.role == 'assistant' else '') }}"
     "{{- '<|im_end|>' + m.content }}{%- if loop.last and m.role == 'assistant' -%}{{- '<|return|>' }}{%- else -%}"
-    "{{- '<|end|>' }}{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant' }}{%- endif -%}"
+    "{{- '<|end|>' }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant' }}{%- endif -%}"
 )
 R1 = (  # the generation prompt opens a think block that a conversation's answers lack
-    "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{{- '<|assistant|>' + m.content + eos_token }}{%- else -%}"
-    "{{- '<|user|>' + m.content }}{%- endif -%}{%- endfor -%}"
+    "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{{- '<|assistant|>' + m.content + eos_token }}"
+    "{%- else -%}{{- '<|user|>' + m.content }}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|assistant|><think>\n' }}{%- endif -%}"
 )
 ALPACA = (  # ends turns with ordinary text
@@ -90,7 +92,10 @@ ALPACA = (  # ends turns with ordinary text
     "{%- else -%}{{- '### ' + m.role + ':\n' + m.content + '\n\n' }}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '### Response:\n' }}{%- endif -%}"
 )
-INNER = "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content }}{% if not loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
+INNER = (  # nothing ends the last turn
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ m.role + ': ' + m.content + ('' if loop.last else eos_token) }}{% endfor %}"
+)
 PARTS = (  # llava-hf/llava-1.5's
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': '}}{% endif %}"
     "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -120,7 +125,7 @@ def simple(
             )
             if not (final and "appended" in more):
                 result.append((after[turn.role], False))
-        return result + [(more.get("appended", ""), True)]
+        return [*result, (more.get("appended", ""), True)]
 
     return pieces
 
@@ -175,6 +180,18 @@ HASH = roles("### system:\n", "### user:\n", "### Response:\n")
 HARM = roles("<|im_start|>system<|im_end|>", "<|im_start|>user<|im_end|>", "<|im_start|>assistant")
 
 
+def r1(turns: list[Turn]) -> Pieces:
+    """An answer that opens a think block has its opening in the generation prompt."""
+    result: Pieces = []
+    for turn in turns:
+        if turn.role != "assistant":
+            result.append(("<|user|>" + turn.text, False))
+            continue
+        think = "<think>\n" if turn.text.startswith("<think>\n") else ""
+        result += [("<|assistant|>" + think, False), (turn.text.removeprefix(think) + "</s>", True)]
+    return result
+
+
 @dataclass(frozen=True)
 class Case:
     template: str
@@ -196,25 +213,25 @@ CASES = {
     ),
     "llama3": Case(
         LLAMA3,
-        simple(HEAD3, roles("<|eot_id|>", "<|eot_id|>", ""), end="<|eot_id|>", strip=True, first="<s>"),
+        simple(HEAD3, roles("<|eot_id|>", "<|eot_id|>", ""), end="<|eot_id|>", strip=True),
         ("<|eot_id|>", "</s>"),
     ),
     "llama2": Case(LLAMA2, llama2, ("</s>",)),
     "vicuna": Case(
-        VICUNA.replace("END", "eos_token"), simple(USERS, roles(" ", " ", ""), " ", "</s>", first="<s>"), ("</s>",)
+        VICUNA.replace("END", "eos_token"), simple(USERS, roles(" ", " ", ""), " ", "</s>"), ("</s>",)
     ),
     "vicuna-no-end": Case(
-        VICUNA.replace("END", "'\n'"), simple(USERS, roles(" ", " ", "\n"), " ", appended="</s>", first="<s>"), ("</s>",)
+        VICUNA.replace("END", "'\n'"), simple(USERS, roles(" ", " ", "\n"), " ", appended="</s>"), ("</s>",)
     ),
     "gemma": Case(
         GEMMA,
-        simple(TURN, roles("", "<end_of_turn>\n", "\n"), end="<end_of_turn>", strip=True, first="<s>", merge="\n\n"),
+        simple(TURN, roles("", "<end_of_turn>\n", "\n"), end="<end_of_turn>", strip=True,  merge="\n\n"),
         ("<end_of_turn>", "</s>"),
     ),
     "zephyr": Case(
         ZEPHYR,
         simple(
-            roles("<|system|>\n", "<|user|>\n", "<|assistant|>"), roles("</s>\n", "</s>\n", "\n"), "\n", "</s>", first="<s>"
+            roles("<|system|>\n", "<|user|>\n", "<|assistant|>\n"), roles("</s>\n", "</s>\n", "\n"), end="</s>"
         ),
         ("</s>",),
     ),
@@ -222,7 +239,7 @@ CASES = {
     "mistral": Case(MISTRAL, mistral, ("</s>",)),
     "glm": Case(
         GLM,
-        simple(roles("<|system|>\n", "<|user|>\n", "<|assistant|>\n"), roles("", "", ""), appended="</s>", first="<s>"),
+        simple(roles("<|system|>\n", "<|user|>\n", "<|assistant|>\n"), roles("", "", ""), appended="</s>"),
         ("</s>",),
     ),
     "harmony": Case(
@@ -237,25 +254,23 @@ CASES = {
         ),
         ("<|return|>", "<|end|>", "</s>"),
     ),
-    "r1": Case(
-        R1, simple(roles("<|user|>", "<|user|>", "<|assistant|>"), roles("", "", ""), end="</s>", first="<s>"), ("</s>",)
-    ),
+    "r1": Case(R1, r1, ("</s>",)),
     "alpaca": Case(
         ALPACA,
-        simple(HASH, roles("\n\n", "\n\n", "\n\n"), end="\n### End", appended="</s>", first="<s>"),
+        simple(HASH, roles("\n\n", "\n\n", "\n\n"), end="\n### End", appended="</s>"),
         ("</s>",),
     ),
     "inner-eos": Case(
         INNER,
         simple(
             roles("system: ", "user: ", "assistant:"), roles("</s>", "</s>", ""), " ", "</s>", last="", appended="</s>",
-            first="<s>",
+            
         ),
         ("</s>",),
     ),
     "parts": Case(
         PARTS,
-        simple(roles("", "USER: ", "ASSISTANT:"), roles(" ", " ", " "), " ", appended="</s>", first="<s>"),
+        simple(roles("", "USER: ", "ASSISTANT:"), roles(" ", " ", " "), " ", appended="</s>"),
         ("</s>",),
     ),
 }  # fmt: skip
@@ -315,9 +330,12 @@ def supervised(encoded: Encoded, kind: str = "bytes") -> str:
 
 
 NASTY = [
-    "", " ", "\n", " a ", "\n\nx\n", "yes", "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n", "zqxjv", "zqxjv0", "zqxjva",
-    "</s>", "</s><s>[INST] b [/INST]", "[/INST] x", "USER: y ASSISTANT: z", "ASSISTANT:", "<end_of_turn>\n", "<|eot_id|>",
-    "<think>\nx\n</think>\n\ny", "</think>", "日本", "😀", "é", "\u2028", "### End", "\n### End\n\n", "<|assistant|>\n", "{{ x }}",
+    "", " ", "\n", " a ", "\n\nx\n", "yes", "<|im_end|>", "<|im_end|>\n<|im_start|>assistant\n", "zqxjv", "zqxjv0",
+    "zqxjva",
+    "</s>", "</s><s>[INST] b [/INST]", "[/INST] x", "USER: y ASSISTANT: z", "ASSISTANT:", "<end_of_turn>\n",
+    "<|eot_id|>",
+    "<think>\nx\n</think>\n\ny", "</think>", "日本", "😀", "é", "\u2028", "### End", "\n### End\n\n", "<|assistant|>\n",
+    "{{ x }}",
     "<start_of_turn>model\n", "<|end|>", "<|return|>", "<im", "age>",
 ]  # fmt: skip
 texts = st.one_of(
@@ -340,8 +358,7 @@ def test_mask_is_the_assistants_text_and_the_end_of_its_turns(name: str, turns: 
     case, encoded = CASES[name], chat(name).encode(turns, [])
     pieces = case.pieces(turns)
     whole = "".join(text for text, _ in pieces)
-    bos = chat(name).text(turns).startswith("<s>")  # else the tokenizer puts it there
-    assert decode(encoded.input_ids) == whole if whole.startswith("<s>") or bos else "<s>" + whole
+    assert decode(encoded.input_ids) == (whole if whole.startswith("<s>") else "<s>" + whole)
     assert supervised(encoded) == "".join(text for text, on in pieces if on)
 
 
@@ -436,6 +453,30 @@ def test_cut_keeps_whole_exchanges(name: str, turns: list[Turn], share: float, i
         assert cut.cut_turns == len(turns) and len(cut.input_ids) == 1
 
 
+@pytest.mark.parametrize("kept", range(1, 8))
+def test_cut_keeps_as_many_exchanges_as_fit(kept: int) -> None:
+    turns = [Turn("system", "Short.")]
+    for n in range(8):
+        turns += [Turn("user", f"question {n}" * n), Turn("assistant", f"answer {n}")]
+    expected = chat("chatml").encode(turns[: 1 + 2 * kept], [])
+    for spare in (0, 5):
+        cut = chat("chatml").encode(turns, [], len(expected.input_ids) + spare)
+        assert (cut.input_ids, cut.cut_turns) == (expected.input_ids, 2 * (8 - kept))
+
+
+def test_cut_never_goes_through_images() -> None:
+    turns = [Turn("user", "<image>a<image>"), Turn("assistant", "an answer of several tokens")]
+    whole = chat("chatml").encode(turns, [9, 9])
+    first = whole.supervised.index(True)
+    for limit in range(1, len(whole.input_ids)):
+        cut = chat("chatml").encode(turns, [9, 9], limit)
+        if limit > first:
+            assert (cut.input_ids, cut.images) == (whole.input_ids[:limit], 2)
+            assert cut.cut_tokens == len(whole.input_ids) - limit and any(cut.supervised)
+        else:
+            assert (len(cut.input_ids), cut.images, cut.cut_turns, any(cut.supervised)) == (1, 0, 2, False)
+
+
 def test_cut_drops_the_images_of_the_turns_it_drops() -> None:
     turns = [Turn("user", "<image>a"), Turn("assistant", "b"), Turn("user", "<image>c"), Turn("assistant", "d")]
     whole = chat("chatml").encode(turns, [4, 4])
@@ -462,7 +503,7 @@ def test_template_that_cannot_be_used(template: str) -> None:
 
 
 def test_template_whose_rendering_depends_on_an_answer_names_the_turn() -> None:
-    template = "{% for m in messages %}{{ m.role + '|' + m.content + '|' + messages[-1].content | length | string }}{% endfor %}"
+    template = "{% for m in messages %}{{ m.role + m.content + messages[-1].content | length | string }}|{% endfor %}"
     with pytest.raises(InputError, match=r"turn 2 \(assistant\)"):
         Chat(tokenizer(), template, "<image>").encode([Turn("user", "a"), Turn("assistant", "a long answer")], [])
     strict = chat("gemma")

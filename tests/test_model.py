@@ -373,6 +373,7 @@ def test_batch_of_text_and_images(mllm_folder: Path) -> None:
     texts = ["<image>\nWhat is it?", "Just a text.", "<image> and <image>"]
     batch = processor(text=texts, images=[photo(1), photo(2), photo(3)], return_tensors="pt", padding=True)
     assert batch["pixel_values"].shape == (3, 3, 32, 32)
+    assert processor.tokenizer.decode([model.config.image_token_id], skip_special_tokens=True) == ""
     assert (batch["input_ids"] == model.config.image_token_id).sum(1).tolist() == [16, 0, 32]
     with torch.no_grad():
         assert model(**batch).logits.isfinite().all()

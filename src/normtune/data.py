@@ -338,14 +338,13 @@ class Collator:
         try:
             own = self.processor(text=text, images=images, add_special_tokens=not (bos and text.startswith(bos)))
             pixels, lengths = self._process(images)
-            same = own["input_ids"][0] == self.chat.prompt(turns, lengths)
             usual = set(own) <= {"input_ids", "attention_mask", "token_type_ids", "pixel_values"}
-            same = same and usual and pixels is not None and pixels.ndim == 4
-            problem = "" if same else "it lays images out in a way of its own"
+            usual = usual and own["input_ids"][0] == self.chat.prompt(turns, lengths)
+            problem = "" if usual and pixels is not None and pixels.ndim == 4 else "it lays images out its own way"
         except Exception as error:  # whatever a foreign processor raises means the same
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
         if problem:
             raise InputError(
                 f"{type(self.processor).__name__} is not supported for training yet ({problem}).\n"
-                "A LlavaProcessor needs patch_size and vision_feature_select_strategy in processor_config.json."
+                "Use a LLaVA, with patch_size and vision_feature_select_strategy in its processor_config.json."
             )

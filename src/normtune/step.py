@@ -80,6 +80,7 @@ def take_step(
         JobError: no supervised token, or a loss or gradient that is not finite (nothing is updated then).
     """
     began = time.perf_counter()
+    dtype = tuning(accelerator.unwrap_model(model)).dtype
     own = [
         sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches),
         sum(int(batch["attention_mask"].sum()) for batch in batches),
@@ -91,7 +92,7 @@ def take_step(
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            loss = supervised_loss(model, {k: v.to(accelerator.device) for k, v in batch.items()})
+            loss = supervised_loss(model, on_device(batch, accelerator.device, dtype))
             accelerator.backward(loss * accelerator.num_processes / supervised)
             loss_sum += loss.detach()
     mean = float(accelerator.reduce(loss_sum)) / supervised
@@ -115,6 +116,11 @@ def take_step(
         "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
     }
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The batch on `device`; pixels in the base's dtype, since not every encoder casts them itself."""
+    return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in batch.items()}
 
 
 def supervised_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -29,7 +29,7 @@ def norms(
     empty = skeleton(model)
     found = anatomy(empty)
     total = sum(p.numel() for p in empty.parameters())
-    parts = {}
+    parts: dict[str, dict[str, Any]] = {}
     for part in ROWS:
         names = found.modules(part)
         if names:
