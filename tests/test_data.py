@@ -32,9 +32,9 @@ def talk(*texts: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An images folder with a.png, b.jpg and sub/c.png."""
+    """An images folder with a.png, b.jpg, sub/c.png and ..d.png."""
     (tmp_path / "images" / "sub").mkdir(parents=True)
-    for n, name in enumerate(("a.png", "b.jpg", "sub/c.png")):
+    for n, name in enumerate(("a.png", "b.jpg", "sub/c.png", "..d.png")):
         Image.new("RGB", (40 + n, 30), (40 * n, 90, 200)).save(tmp_path / "images" / name)
     return tmp_path
 
@@ -70,6 +70,7 @@ DIALECTS = {
     "text only": (talk("Q", "A"), ["Q", "A"], []),
     "null image": (talk("Q", "A", image=None, images=[]), ["Q", "A"], []),
     "path within": (talk("Q", "A", image="sub/../b.jpg"), ["<image>\nQ", "A"], ["b.jpg"]),
+    "name that begins with dots": (talk("Q", "A", image="..d.png"), ["<image>\nQ", "A"], ["..d.png"]),
     "messages": (
         {"messages": [{"role": r, "content": c} for r, c in (("system", "S"), ("user", "Q"), ("assistant", "A"))]},
         ["S", "Q", "A"],
@@ -127,7 +128,7 @@ def test_fields_of_a_sample(folder: Path) -> None:
 
 def test_lines_blank_lines_and_byte_order_mark(folder: Path) -> None:
     lines = (
-        "\ufeff" + json.dumps(talk("Q\u2028", "A")) + "\r\n\n" + json.dumps(talk("Q", "A", id=1), ensure_ascii=False)
+        "\ufeff" + json.dumps(talk("Q\u2028", "A"), ensure_ascii=False) + "\r\n\n" + json.dumps(talk("Q", "A", id=1))
     )
     samples = read_samples(source(folder, lines, "x.jsonl"))
     assert [s.where.removeprefix(str(folder)) for s in samples] == ["/x.jsonl, line 1", "/x.jsonl, line 3 (id 1)"]
@@ -568,27 +569,34 @@ def test_faults_in_a_batch_name_the_sample(folder: Path, tmp_path: Path) -> None
         collator([odd])
 
 
-def test_processors_that_are_not_supported(tmp_path: Path) -> None:
+class Foreign:
+    """Not a LlavaProcessor; `layout` is the text that stands for an image."""
+
+    def __init__(self, processor: Any, layout: str) -> None:
+        self.own, self.layout = processor, layout
+        self.chat_template, self.tokenizer = processor.chat_template, processor.tokenizer
+        self.image_processor, self.image_token = processor.image_processor, processor.image_token
+
+    def __call__(self, text: str, images: list[Image.Image], **options: Any) -> dict[str, Any]:
+        ids = self.tokenizer(text.replace("<image>", self.layout), **options)["input_ids"]
+        return {"input_ids": [ids], "pixel_values": self.image_processor(images)["pixel_values"]}
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]]) -> dict[str, Any]:
+        assert all(len(size) == 2 for size in image_sizes)
+        return {"num_image_tokens": [self.layout.count("<image>")] * len(image_sizes)}
+
+
+def test_processors_of_another_class(folder: Path, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(tiny_mllm(tmp_path / "mllm"))
+    samples = read_samples(source(folder, CONVERSATIONS))
+    batch = Collator(Foreign(processor, "<image>" * 16), None)(samples)
+    assert all(torch.equal(batch[key], value) for key, value in Collator(processor, None)(samples).items())
+    with pytest.raises(InputError, match="Foreign is not supported for training yet"):  # as processors that tile do
+        Collator(Foreign(processor, "<image>\n<image>"), None)
 
-    class Tiles:
-        """Lays an image out as two runs of tokens, as tiling processors do."""
 
-        chat_template, tokenizer, image_processor = (
-            processor.chat_template,
-            processor.tokenizer,
-            processor.image_processor,
-        )
-        image_token = processor.image_token
-
-        def __call__(self, text: str, images: list[Image.Image], **options: Any) -> Any:
-            return self.tokenizer(text.replace("<image>", "<image>\n<image>"), **options) | {"pixel_values": images}
-
-        def _get_num_multimodal_tokens(self, image_sizes: Any) -> dict[str, Any]:
-            return {"num_image_tokens": [2] * len(image_sizes)}
-
-    with pytest.raises(InputError, match="Tiles is not supported for training yet"):
-        Collator(Tiles(), None)
+def test_processors_that_are_not_set_up(tmp_path: Path) -> None:
+    processor = AutoProcessor.from_pretrained(tiny_mllm(tmp_path / "mllm"))
     processor.image_processor.do_center_crop = False  # images of several sizes, which do not make one tensor
     with pytest.raises(InputError, match="LlavaProcessor is not supported for training yet"):
         Collator(processor, None)

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from normtune.chat import Turn
 from PIL import Image
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from models import CHATML, tiny_tokenizer
+from normtune.chat import Turn
 from normtune.errors import InputError
 from normtune.evaluation import answer, answering, evaluate_model, select, shuffled_images
 from normtune.evaluation.selection import images_shown
@@ -469,3 +469,10 @@ def test_broken_image_names_its_item(pair: Any, data: Path, tmp_path: Path) -> N
     (tmp_path / "val2014" / "COCO_val2014_000000000002.jpg").write_bytes(b"not an image")
     with pytest.raises(InputError, match="coco, item '2'"):
         evaluate_model(*pair, ["coco"], tmp_path)
+
+
+def test_a_think_block_is_no_answer() -> None:
+    from normtune.evaluation.answering import _THOUGHT
+
+    assert _THOUGHT.sub("", "<think>\n\n</think>\n\nNo").strip() == "No"
+    assert _THOUGHT.sub("", "No <think>") == "No <think>"

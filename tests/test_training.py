@@ -232,7 +232,7 @@ def test_full_disk_keeps_the_checkpoint_before(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": [{"path": "nowhere.json"}]}, "no data file at nowhere.json"),
+        ({"data": [{"path": "nowhere.json"}]}, "nowhere.json"),
         ({"strategy": ["qk_norms"]}, "no part 'qk_norms'"),
         ({"learning_rates": {"mlp": 1e-3}}, "mlp"),
     ],

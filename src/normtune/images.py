@@ -55,7 +55,6 @@ def open_image(path: Path, where: str) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
-            file.load()
             return to_rgb(_upright(file))
     except FileNotFoundError as error:
         raise InputError(f"{where}: there is no image {path}") from error
@@ -75,6 +74,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in mode RGB, as `open_image` does it."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_grey(np.asarray(image)))
     if image.has_transparency_data:

@@ -10,6 +10,7 @@ Shapes: B batch, S tokens of the longest prompt, N images, T tokens of an image,
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from normtune.images import open_image, to_rgb
 # Prompts are sorted by length within this many batches, and the image features of as many are held at once:
 # enough to save padding, few enough for the features of 7B models (576 x 4096 values an image).
 WINDOW = 4
+_THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,9 @@ def _stops(model: PreTrainedModel, chat: Chat) -> list[int]:
 
 
 def _decode(tokenizer: Any, ids: list[int], stop_ids: Sequence[int]) -> str:
-    """The text before the first stop token."""
+    """The text before the first stop token, without a think block in front of it: thoughts are no answer."""
     end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
-    return tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
+    return _THOUGHT.sub("", tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
 
 
 def _chunks(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
