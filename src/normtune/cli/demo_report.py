@@ -132,6 +132,7 @@ PAGE = """<!doctype html>
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 0 auto;
   max-width: 62rem; padding: 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td:first-child { min-width: 8rem; } td:last-child { overflow-wrap: anywhere; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; vertical-align: top; }
 .wide { overflow-x: auto; } .note { border-left: 4px solid var(--accent); padding-left: .8rem; }
 .card { display: flex; flex-wrap: wrap; gap: 1rem; border-top: 1px solid var(--line); padding: 1rem 0; }

@@ -26,7 +26,7 @@ PAD, UNK, BOS, USER, ASSISTANT, END, SYSTEM = range(len(SPECIAL))
 LENGTH = 144  # positions of a document
 BAG = 6  # words that one pooled position can hold
 FORMS = ("plain", "pooled", "slots")
-SHARES = ((0.0, 0.7, 0.3), (0.5, 0.2, 0.3), (0.4, 0.2, 0.4))  # of the forms, at each level
+SHARES = ((0.0, 0.7, 0.3), (0.5, 0.2, 0.3), (0.45, 0.15, 0.4))  # of the forms, at each level
 LEVELS = len(SHARES)
 IGNORE = -100
 
@@ -37,6 +37,12 @@ def vocabulary() -> dict[str, int]:
 
 
 _IDS = vocabulary()
+_CONTENT = frozenset(
+    _IDS[word]
+    for words in (scenes.COLOURS, scenes.SHAPES, scenes.SIZES, scenes.BACKGROUNDS, scenes.ROWS, scenes.COLUMNS)
+    for word in words
+)
+_BREAKS = frozenset(_IDS[sign] for sign in ",;.")
 _SIGNS = re.compile(r"\w+|[^\w\s]")
 
 
@@ -64,6 +70,10 @@ class Document:
         self.weights += [weight] * len(tokens)
         self.soft += [False] * len(tokens)
         self.parts += [self.parts[-1]] * len(tokens)
+
+    def add_told(self, bags: Sequence[Sequence[int]]) -> None:
+        self.add([bag[0] for bag in bags])
+        self.bags[-len(bags) :] = bags
 
     def add_soft(self, bags: Sequence[Sequence[int]]) -> None:
         self.bags += bags
@@ -113,6 +123,23 @@ def slots(rng: np.random.Generator, scene: Scene, place: bool, size: bool) -> li
     return bags
 
 
+def echoed(rng: np.random.Generator, sentence: str) -> list[list[int]]:
+    """A told scene, one bag per word; in half of the documents words carry some earlier ones of their phrase.
+
+    That bridges pooled phrases and ordinary sentences, in which the words of a phrase have to be gathered.
+    """
+    share = rng.random() if rng.random() < 0.5 else 0.0
+    bags: list[list[int]] = []
+    phrase: list[int] = []
+    for token in ids(sentence):
+        bags.append([token, *(earlier for earlier in phrase if rng.random() < share)])
+        if token in _CONTENT:
+            phrase.append(token)
+        elif token in _BREAKS:
+            phrase = []
+    return bags
+
+
 def document(rng: np.random.Generator, form: str, level: int, length: int = LENGTH) -> Document:
     """A random document of the given level: a scene told in `form`, and as many questions as fit.
 
@@ -124,13 +151,13 @@ def document(rng: np.random.Generator, form: str, level: int, length: int = LENG
     place, size = not last or rng.random() > 0.1, not last or rng.random() > 0.1
     made = Document(parallel=not last or rng.random() < 0.7)
     if form == "plain":
-        made.add(ids(text.description(rng, scene, place, size)))
+        made.add_told(echoed(rng, text.description(rng, scene, place, size)))
     else:
         made.add_soft((phrases if form == "pooled" else slots)(rng, scene, place, size))
     banned = (frozenset() if place else text.NEED_PLACE) | (frozenset() if size else text.NEED_SIZE)
     if not place:
         banned |= {text.colour_of, text.shape_of}  # half of them name a place
-    kinds = text.QUESTIONS if last else text.LOOK_UP
+    kinds = text.QUESTIONS if last and (form != "plain" or rng.random() < 0.5) else text.LOOK_UP
     questions = {kind: weight for kind, weight in kinds.items() if kind not in banned}
     reasoning = {kind: weight for kind, weight in text.REASONING.items() if kind not in banned}
     copying = (0.0, 0.05, 0.08)[level] if place and size else 0.0
