@@ -14,17 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from normtune.cli import main
+from command import run
 from normtune.recipe import load_recipe
 from toys import toy_data, toy_recipe
-
-
-def run(*arguments: str) -> int:
-    try:
-        main(list(arguments))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from command import run
 from models import CHATML
-from normtune.cli import main
 from normtune.data import Collator, Sample, read_samples
 from normtune.recipe import DataSource
 from normtune.step import supervised_loss
@@ -37,14 +37,6 @@ pytestmark = [
     pytest.mark.skipif(not COCO.is_dir(), reason="no photographs: ../shared/data/coco-mini"),
 ]
 STEPS = 200
-
-
-def run(*arguments: str) -> int:
-    try:
-        main(list(arguments))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def standard_llm(folder: Path) -> Path:

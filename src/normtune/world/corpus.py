@@ -26,7 +26,7 @@ PAD, UNK, BOS, USER, ASSISTANT, END, SYSTEM = range(len(SPECIAL))
 LENGTH = 144  # positions of a document
 BAG = 6  # words that one pooled position can hold
 FORMS = ("plain", "pooled", "slots")
-SHARES = ((0.0, 0.7, 0.3), (0.5, 0.2, 0.3), (0.45, 0.15, 0.4))  # of the forms, at each level
+SHARES = ((0.0, 0.7, 0.3), (0.5, 0.2, 0.3), (0.5, 0.1, 0.4))  # of the forms, at each level
 LEVELS = len(SHARES)
 IGNORE = -100
 
@@ -124,11 +124,11 @@ def slots(rng: np.random.Generator, scene: Scene, place: bool, size: bool) -> li
 
 
 def echoed(rng: np.random.Generator, sentence: str) -> list[list[int]]:
-    """A told scene, one bag per word; in half of the documents words carry some earlier ones of their phrase.
+    """A told scene, one bag per word; in three documents of four words carry some earlier ones of their phrase.
 
     That bridges pooled phrases and ordinary sentences, in which the words of a phrase have to be gathered.
     """
-    share = rng.random() if rng.random() < 0.5 else 0.0
+    share = rng.random() ** 2 if rng.random() < 0.75 else 0.0
     bags: list[list[int]] = []
     phrase: list[int] = []
     for token in ids(sentence):
@@ -157,7 +157,7 @@ def document(rng: np.random.Generator, form: str, level: int, length: int = LENG
     banned = (frozenset() if place else text.NEED_PLACE) | (frozenset() if size else text.NEED_SIZE)
     if not place:
         banned |= {text.colour_of, text.shape_of}  # half of them name a place
-    kinds = text.QUESTIONS if last and (form != "plain" or rng.random() < 0.5) else text.LOOK_UP
+    kinds = text.QUESTIONS if last and (form != "plain" or rng.random() < 0.35) else text.LOOK_UP
     questions = {kind: weight for kind, weight in kinds.items() if kind not in banned}
     reasoning = {kind: weight for kind, weight in text.REASONING.items() if kind not in banned}
     copying = (0.0, 0.05, 0.08)[level] if place and size else 0.0

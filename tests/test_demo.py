@@ -1,0 +1,88 @@
+"""The demo at smoke size: what it writes, what it prints, and that the report needs nothing from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command import run
+from normtune.cli.demo import next_folder
+from normtune.cli.demo_report import verdict
+
+pytestmark = pytest.mark.heavy
+ROWS = ("chance", "stage1", "connector", "connector+embed+head", "layernorm-simple", "layernorm", "blind", "shuffled")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert run("demo", "--quick", "--json", "--out", str(folder)) == 0
+    return json.loads(printed.getvalue())  # type: ignore[no-any-return]
+
+
+def test_json_has_every_row_and_column(result: dict[str, Any]) -> None:
+    assert set(result["scores"]) == set(ROWS)
+    for row in ROWS:
+        assert {"pope", "mme", "vqav2", "caption"} <= set(result["scores"][row])
+        assert all(0 <= score <= 1 for score in result["scores"][row].values())
+    assert result["seconds"] > 0 and result["peak_rss_bytes"] > 1e8
+    sizes = result["adapter_bytes"]
+    assert sizes["layernorm-simple"] < sizes["layernorm"]
+
+
+def test_folder_holds_runs_scenes_and_report(result: dict[str, Any]) -> None:
+    folder = Path(result["run"])
+    for name in ("stage1", "connector", "connector-embed-head", "layernorm-simple", "layernorm"):
+        assert (folder / name / "adapter" / "adapter.safetensors").is_file()
+    assert len(list((folder / "scenes").glob("*.png"))) >= 4
+    facts = json.loads((folder / "demo.json").read_text())
+    assert set(facts["scenes"][0]["answers"]) == {"base", "stage1", "layernorm-simple", "layernorm"}
+
+
+def test_report_is_one_file_that_asks_nobody(result: dict[str, Any]) -> None:
+    page = (Path(result["run"]) / "report.html").read_text()
+    HTMLParser().feed(page)
+    assert not re.search(r"(src|href)=['\"](?!data:)", page) and "<script" not in page and "url(" not in page
+    assert page.count("<svg") == 5 and page.count("data:image/png;base64") >= 4
+    for row in (
+        "stage 1 only",
+        "connector only",
+        "no norms",
+        "norm gains alone",
+        "no image",
+        "another image",
+        "chance",
+    ):
+        assert row in page
+
+
+def test_runs_can_be_talked_to(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    scene = str(Path(result["run"]) / "scenes" / "1.png")
+    assert run("chat", f"{result['run']}/layernorm", "Is there a red circle in the image?", "--image", scene) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_an_existing_folder_is_refused(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("demo", "--quick", "--out", result["run"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_folders_are_numbered(tmp_path: Path) -> None:
+    assert next_folder(tmp_path).name == "demo-1"
+    (tmp_path / "demo-1").mkdir()
+    assert next_folder(tmp_path).name == "demo-2"
+
+
+@pytest.mark.parametrize(("gap", "words"), [(0.01, "Controls hold"), (0.2, "do NOT hold")])
+def test_the_report_says_so_whatever_comes_out(gap: float, words: str) -> None:
+    facts = {"quick": False, "controls": {"gaps": {"blind pope": gap}, "within": gap <= 0.05}}
+    assert words in verdict(facts)
