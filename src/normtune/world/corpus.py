@@ -26,8 +26,15 @@ PAD, UNK, BOS, USER, ASSISTANT, END, SYSTEM = range(len(SPECIAL))
 LENGTH = 144  # positions of a document
 BAG = 6  # words that one pooled position can hold
 FORMS = ("plain", "pooled", "slots")
-SHARES = ((0.0, 0.7, 0.3), (0.5, 0.2, 0.3), (0.5, 0.1, 0.4))  # of the forms, at each level
+SHARES = ((0.0, 0.7, 0.3), (0.6, 0.2, 0.2), (0.45, 0.15, 0.4))  # of the forms, at each level
 LEVELS = len(SHARES)
+PRACTICE: dict[text.Ask, float] = {
+    **text.QUESTIONS,
+    text.existence: 3.0,
+    text.count: 2.5,
+    text.count_yes_no: 2.5,
+    text.position_yes_no: 2.0,
+}  # the last level's questions: what is hard to learn comes more often than it is asked later
 IGNORE = -100
 
 
@@ -124,11 +131,11 @@ def slots(rng: np.random.Generator, scene: Scene, place: bool, size: bool) -> li
 
 
 def echoed(rng: np.random.Generator, sentence: str) -> list[list[int]]:
-    """A told scene, one bag per word; in three documents of four words carry some earlier ones of their phrase.
+    """A told scene, one bag per word; in half of the documents words carry some earlier ones of their phrase.
 
     That bridges pooled phrases and ordinary sentences, in which the words of a phrase have to be gathered.
     """
-    share = rng.random() ** 2 if rng.random() < 0.75 else 0.0
+    share = rng.random() if rng.random() < 0.5 else 0.0
     bags: list[list[int]] = []
     phrase: list[int] = []
     for token in ids(sentence):
@@ -143,11 +150,11 @@ def echoed(rng: np.random.Generator, sentence: str) -> list[list[int]]:
 def document(rng: np.random.Generator, form: str, level: int, length: int = LENGTH) -> Document:
     """A random document of the given level: a scene told in `form`, and as many questions as fit.
 
-    Levels below the last ask for single attributes of two or three things (level 1: also for captions), every
-    question by itself; the last level asks everything of one to four things, in conversations as well.
+    Levels below the last ask for single attributes of two or three things, every question by itself; the last
+    level asks everything of one to four things, in conversations as well.
     """
     last = level == LEVELS - 1
-    scene = scenes.sample(rng, "text", *((1, 4) if last else (2, 3 + level)))
+    scene = scenes.sample(rng, "text", *((1, 4) if last else (2, 3)))
     place, size = not last or rng.random() > 0.1, not last or rng.random() > 0.1
     made = Document(parallel=not last or rng.random() < 0.7)
     if form == "plain":
@@ -157,10 +164,10 @@ def document(rng: np.random.Generator, form: str, level: int, length: int = LENG
     banned = (frozenset() if place else text.NEED_PLACE) | (frozenset() if size else text.NEED_SIZE)
     if not place:
         banned |= {text.colour_of, text.shape_of}  # half of them name a place
-    kinds = text.QUESTIONS if last and (form != "plain" or rng.random() < 0.35) else text.LOOK_UP
+    kinds = PRACTICE if last and (form != "plain" or rng.random() < 0.7) else text.LOOK_UP
     questions = {kind: weight for kind, weight in kinds.items() if kind not in banned}
     reasoning = {kind: weight for kind, weight in text.REASONING.items() if kind not in banned}
-    copying = (0.0, 0.05, 0.08)[level] if place and size else 0.0
+    copying = 0.08 if last and place and size else 0.0
     while True:
         before, share = len(made.bags), rng.random()
         if share < 0.6 * copying:

@@ -13,7 +13,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,21 @@ from normtune.world import corpus, scenes, text
 from normtune.world.ceilings import embed, measure, right, see, tell
 from normtune.world.tokens import tokenizer
 
-STEPS_PER_MINUTE = 90  # nominal, of one core
+MINUTES = 67.5  # that the unscaled plan may take on a shared core; a free one needs half of them
 Log = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One pretraining. `levels`: shares of the steps at which the first and the second level of documents end;
-    `batches`: documents per step at each level; `decay`: last share of the steps, in which the rates fall.
+    """One pretraining. Levels of documents: `narrow` steps of the first, `told` of the second, the rest of the last.
+
+    `batches`: documents per step at each level; `decay`: last share of the steps, in which the rates fall. Before the
+    second level the model grows from `first_layers` to `layers`.
     """
 
-    steps: int = 6000
-    levels: tuple[float, float] = (0.2, 0.35)
+    steps: int = 5200
+    narrow: int = 540
+    told: int = 860
     batches: tuple[int, int, int] = (24, 24, 32)
     matrix_rate: float = 2e-3
     other_rate: float = 2e-3
@@ -48,29 +51,36 @@ class Plan:
     decay: float = 0.35
     seed: int = 0
     hidden: int = 160
+    first_layers: int = 4
     layers: int = 6
     heads: int = 5
     mlp: int = 384
 
+    def scaled(self, factor: float) -> Plan:
+        """The same plan in `factor` times as many steps."""
+        steps, narrow, told = (max(1, round(number * factor)) for number in (self.steps, self.narrow, self.told))
+        return replace(self, steps=max(steps, narrow + told + 1), narrow=narrow, told=told)
+
     def level(self, step: int) -> int:
-        """The level of the documents at a step: it rises when look-up among pooled phrases can be expected."""
-        return sum(step >= share * self.steps for share in self.levels)
+        """The level of the documents at a step."""
+        return (step >= self.narrow) + (step >= self.narrow + self.told)
 
     def rate(self, step: int) -> float:
-        """Factor of the learning rates: warm-up, constant, linear fall to 2 %."""
+        """Factor of the learning rates: warm-up (again after growing), constant, linear fall to 2 %."""
+        since = step if step < self.narrow else step - self.narrow
         start = self.steps * (1 - self.decay)
         fall = 1.0 if step < start else max(0.02, (self.steps - step) / max(1.0, self.steps - start))
-        return min(1.0, (step + 1) / self.warmup) * fall
+        return min(1.0, (since + 1) / self.warmup) * fall
 
 
-def build_model(plan: Plan) -> LlamaForCausalLM:
+def build_model(plan: Plan, layers: int) -> LlamaForCausalLM:
     """A Llama with random weights; embedding and head are untied."""
     torch.manual_seed(plan.seed)
     config = LlamaConfig(
         vocab_size=len(corpus.vocabulary()),
         hidden_size=plan.hidden,
         intermediate_size=plan.mlp,
-        num_hidden_layers=plan.layers,
+        num_hidden_layers=layers,
         num_attention_heads=plan.heads,
         num_key_value_heads=plan.heads,
         max_position_embeddings=1024,
@@ -82,6 +92,27 @@ def build_model(plan: Plan) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     model.set_attn_implementation("eager")  # its backward is 1.6 times faster than sdpa on a CPU at this length
+    return model
+
+
+def grow(small: LlamaForCausalLM, plan: Plan) -> LlamaForCausalLM:
+    """The same function with fresh layers in front, whose output is zero at first.
+
+    Pooled phrases teach the first layers to look up. The words of a sentence have to be gathered before that.
+    """
+    model = build_model(plan, plan.layers)
+    fresh = plan.layers - small.config.num_hidden_layers
+    weights = model.state_dict()
+    for name, weight in small.state_dict().items():
+        head, found, tail = name.partition(".layers.")
+        if found:
+            number, _, rest = tail.partition(".")
+            name = f"{head}.layers.{int(number) + fresh}.{rest}"
+        weights[name] = weight
+    for number in range(fresh):
+        for matrix in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[f"model.layers.{number}.{matrix}.weight"].zero_()
+    model.load_state_dict(weights)
     return model
 
 
@@ -143,19 +174,24 @@ def train(
     `log` receives one record per `report_every` steps. The data depend on (seed, step) only, so a resumed
     training sees the same batches as an uninterrupted one.
     """
-    model = build_model(plan)
-    tools = optimizers(model, plan)
-    step, seconds = 0, 0.0
+    step, seconds, state = 0, 0.0, None
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        step = state["step"]
+    model = build_model(plan, plan.first_layers if step <= plan.narrow else plan.layers)
+    tools = optimizers(model, plan)
+    if state is not None:
         model.load_state_dict(state["model"])
         for tool, saved in zip(tools, state["optimizers"], strict=True):
             tool.load_state_dict(saved)
-        step, seconds = state["step"], state["seconds"]
+        seconds = state["seconds"]
     begun, saved_at, losses = time.monotonic() - seconds, time.monotonic(), []
     model.train()
     while step < plan.steps:
         level = plan.level(step)
+        if step == plan.narrow:
+            model = grow(model, plan).train()
+            tools = optimizers(model, plan)
         batch = corpus.batch(plan.seed, step, plan.batches[level], level)
         noise = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
         for tool, rate in zip(tools, (plan.matrix_rate, plan.other_rate), strict=True):
@@ -191,14 +227,14 @@ def train(
 def build(out: Path, minutes: float, seed: int) -> dict[str, Any]:
     """Makes `out`/llm, a stock Llama folder in bf16 with its tokenizer; one that is there already is kept.
 
-    The number of steps follows from `minutes` at a nominal rate, so that the result depends on the arguments
+    The number of steps is proportional to `minutes`, so that the result depends on the arguments
     only. An interrupted training goes on from `out`/llm.checkpoint. Returns parameters, bytes, the plan, the
     training log and the ceilings per form of the text.
     """
     folder, checkpoint, journal = out / "llm", out / "llm.checkpoint", out / "llm.jsonl"
     facts: dict[str, Any] = {}
     if not (folder / "config.json").is_file():
-        plan = Plan(steps=max(1, round(minutes * STEPS_PER_MINUTE)), seed=seed)
+        plan = Plan(seed=seed).scaled(minutes / MINUTES)
         model = train(plan, checkpoint, lambda record: append_line(journal, record))
         export(model, folder)
         records = {record["step"]: record for record in read_lines(journal)}  # a resumed step is logged twice

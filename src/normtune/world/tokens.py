@@ -26,7 +26,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(WordLevel(corpus.vocabulary(), unk_token=corpus.SPECIAL[corpus.UNK]))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    closing = [decoders.Replace(f" {sign}", sign) for sign in ":;"]  # beyond what the clean-up handles
+    made.decoder = decoders.Sequence([decoders.WordPiece(prefix="##", cleanup=True), *closing])
     roles = [corpus.SPECIAL[index] for index in (corpus.USER, corpus.ASSISTANT, corpus.SYSTEM)]
     made.add_special_tokens(list(corpus.SPECIAL))
     wrapped = PreTrainedTokenizerFast(
