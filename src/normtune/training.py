@@ -285,7 +285,8 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
         size = stage.micro_batch_size or min(stage.batch_size, MICRO_BATCH)
         return [collator([mixture[i] for i in mine[j : j + size]]) for j in range(0, len(mine), size)]
 
-    with Bar(stage.name, total, first_step, loop.quiet) as bar, ThreadPoolExecutor(1) as pool:
+    silent = loop.quiet or not loop.accelerator.is_main_process
+    with Bar(stage.name, total, first_step, silent) as bar, ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(batches, first_step) if first_step < total else None
         for step in range(first_step, total):
             assert ahead is not None

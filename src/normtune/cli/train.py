@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,8 @@ def train(
     from normtune.world import resolve
 
     trained = run_training(resolve(resolved), out=out, resume=resume)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
+        return
     size = sum(path.stat().st_size for path in (trained.folder / "adapter").rglob("*") if path.is_file())
     steps = [line for line in read_lines(trained.folder / "log.jsonl") if "loss" in line]
     rows = []
