@@ -6,11 +6,14 @@ import errno
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from normtune import checkpoint, runlog, training
@@ -321,3 +324,18 @@ def test_torn_log_line_harms_no_other(tmp_path: Path) -> None:
     log.write_text('{"a": 1}\n{"a": 2')
     runlog.append_line(log, {"a": 3})
     assert runlog.read_lines(log) == [{"a": 1}, {"a": 3}]
+
+
+@pytest.mark.heavy
+def test_two_processes_give_the_losses_of_one(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["device"] = "cpu"
+    train(recipe, out=tmp_path / "one", quiet=True)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "normtune", "train", "recipe.yaml", "--out", "two"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=240)
+    losses = [[line["loss"] for line in lines(tmp_path / run) if "loss" in line] for run in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    one, two = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    for name, tensor in one.items():
+        assert (tensor - two[name]).norm() <= 1e-3 * tensor.norm() + 1e-6, name

@@ -75,6 +75,7 @@ class Loop:
     accelerator: Accelerator
     model: nn.Module
     processor: Any
+    mixtures: list[Mixture]
     quiet: bool
     stop: threading.Event = field(default_factory=threading.Event)
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
@@ -170,7 +171,7 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     model, processor = build(recipe.model, recipe.seed)
     for stage in recipe.stages:
         check_rates(stage, check(model, stage.strategy))
-        Mixture(stage.data)
+    mixtures = [Mixture(stage.data) for stage in recipe.stages]
     if recipe.start_from is not None:
         finished_first_stage(recipe, Path(recipe.start_from))
     if accelerator.is_main_process and not run.recipe.is_file():
@@ -181,7 +182,7 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     model.to(accelerator.device)  # type: ignore[arg-type]
     if recipe.trackers:
         accelerator.init_trackers("normtune", {"recipe": recipe.name, "hash": recipe_hash(recipe), "seed": recipe.seed})
-    return Loop(recipe, run, accelerator, model, processor, quiet)
+    return Loop(recipe, run, accelerator, model, processor, mixtures, quiet)
 
 
 def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
@@ -259,7 +260,7 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     stage, seed = loop.recipe.stages[index], loop.recipe.seed * 1000 + index
     report = apply_stage(loop, stage)
     describe(loop, stage, report)
-    mixture = Mixture(stage.data)
+    mixture = loop.mixtures[index]
     collator = Collator(loop.processor, stage.max_length)
     per_epoch = math.ceil(len(mixture.order(seed, 0)) / stage.batch_size)
     total = stage.max_steps or stage.epochs * per_epoch
