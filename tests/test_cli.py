@@ -144,6 +144,7 @@ def test_export_that_would_round_the_tuning_away_exits_1(
         ["train", "none.yaml"],
         ["evaluate", "nowhere", "--benchmarks", "pope", "--data", "toys"],
         ["init", "--llm", "a", "--vision", "b", "--data", "none.json"],
+        ["init", "--llm", "./none", "--vision", "b", "--data", "none.json"],
         ["train"],
         ["export", "run", "--out", "out", "--format", "tarball"],
         ["unknown"],

@@ -64,8 +64,11 @@ def init(
     --data conversation_58k.json --images coco/train2017 > recipe.yaml
     """
     from normtune.data import read_samples
+    from normtune.pretrained import locate
     from normtune.recipe import DataSource, load_recipe
 
+    locate(llm, "LLM")
+    locate(vision, "vision encoder")
     counts = {}
     for path in (*(align or []), *data):
         counts[path] = len(read_samples(DataSource(path=str(path), images=str(images) if images else None)))
