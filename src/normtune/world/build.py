@@ -20,25 +20,26 @@ from normtune.progress import say
 from normtune.runlog import provenance, write_json
 from normtune.world import pretrain, vision
 
-MINUTES = 90.0
-VISION_SHARE = 12 / 90  # of the minutes, for both encoders
+MINUTES = pretrain.MINUTES + vision.MINUTES  # with which the shipped weights were made
 
 
 def build(out: Path, minutes: float = MINUTES, seed: int = 0) -> dict[str, Any]:
     """Trains what is missing in `out`; returns what `build.json` says.
 
+    The numbers of steps are proportional to `minutes`; a machine with other speed takes more or less than that.
+
     Raises:
         InputError: no time given, or a folder that cannot be written. JobError: the disk is full.
     """
     if not (minutes > 0 and math.isfinite(minutes)):
-        raise InputError(f"minutes is {minutes}; give how long the trainings may take, for example 90")
+        raise InputError(f"minutes is {minutes}; give how long the trainings may take, for example 48")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}; choose another --out") from None
     torch.set_num_threads(1)  # tensors are small: a second thread costs more than it gives
-    encoders = vision.build(out, minutes * VISION_SHARE, seed)
-    llm = pretrain.build(out, minutes * (1 - VISION_SHARE), seed)
+    encoders = vision.build(out, minutes * vision.MINUTES / MINUTES, seed)
+    llm = pretrain.build(out, minutes * pretrain.MINUTES / MINUTES, seed)
     facts = {"minutes": minutes, "seed": seed, **provenance(), "llm": llm, **encoders}
     write_json(out / "build.json", facts)
     return facts
@@ -49,10 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m normtune.world.build",
         description="Make the embedded world's tiny LLM and vision encoders from nothing.",
-        epilog="example: python -m normtune.world.build --out world-assets --minutes 90",
+        epilog="example: python -m normtune.world.build --out world-assets --minutes 48",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for llm, vision, vision2")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all trainings (default %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help="scale of all trainings, in minutes of a core (default %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights, texts and scenes (default %(default)s)")
     given = parser.parse_args(arguments)
     try:

@@ -43,6 +43,7 @@ from normtune.world import scenes
 LAYER = -2  # the hidden state that LLaVA reads
 LABELS = {"background": 3, "colour": 7, "shape": 6, "size": 3, "row": 4, "column": 4, "first": 2}  # classes
 MEAN = STD = [0.5, 0.5, 0.5]
+MINUTES = 12.0  # with which the shipped encoders were made
 POOL, FRESH = 8192, 24  # scenes kept in memory, and how many of them are drawn anew per step
 BATCH = 64
 RATES = 8e-3, 2e-3  # peak learning rates of Muon and AdamW
