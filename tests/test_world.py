@@ -297,7 +297,7 @@ def test_build_shares_its_minutes_and_writes_down_what_it_did(tmp_path: Path, mo
 
     def record(out: Path, minutes: float, seed: int) -> dict[str, Any]:
         given.append((minutes, seed))
-        return {"minutes": minutes}
+        return {"steps": round(minutes)}
 
     monkeypatch.setattr(build.vision, "build", record)
     monkeypatch.setattr(build.pretrain, "build", record)
