@@ -66,6 +66,7 @@ def test_override(override: str, read) -> None:
         ("save_every=soon", ["save_every", "10m"]),
         ("evaluate={benchmarks: [popes], data: d}", ["'popes'", "'pope'"]),
         ("stages.0.data=[]", ["stages.0.data"]),
+        ("device=cpu:0", ["cpu:0", "cuda:0"]),
         ("seed", ["KEY=VALUE"]),
         ("seed.x=1", ["seed"]),
         ("seed=[1", ["YAML"]),

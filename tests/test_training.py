@@ -187,8 +187,10 @@ def test_existing_run_changed_recipe_finished_run(
     with pytest.raises(InputError, match=r"stages\.1\.learning_rate"):
         train(recipe, out=tmp_path / "run", resume=True, **{"stages.1.learning_rate": 1e-3})
     before = (tmp_path / "run" / "log.jsonl").read_text()
-    train(recipe, out=tmp_path / "run", resume=True)
+    again = train(recipe, out=tmp_path / "run", resume=True)
     assert "finished already" in capsys.readouterr().err
+    name = "model.language_model.layers.0.input_layernorm.weight"
+    assert torch.equal(again.model.get_parameter(name), adapter(tmp_path / "run")[name])
     assert (tmp_path / "run" / "log.jsonl").read_text() == before
 
 
@@ -311,6 +313,9 @@ def test_lora_may_not_be_lost_between_stages(recipe: dict[str, Any], tmp_path: P
     recipe["stages"][0]["strategy"] = "lora"
     with pytest.raises(InputError, match="lora must stay"):
         train(recipe, out=tmp_path / "run", quiet=True)
+    recipe["stages"][1].update(strategy="lora", lora={"rank": 4})
+    with pytest.raises(InputError, match="different options"):
+        train(recipe, out=tmp_path / "run", quiet=True)
 
 
 def test_tensorboard_gets_the_figures(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -326,9 +331,42 @@ def test_torn_log_line_harms_no_other(tmp_path: Path) -> None:
     assert runlog.read_lines(log) == [{"a": 1}, {"a": 3}]
 
 
+def test_text_alone_does_not_reach_the_connector_and_that_is_fine(recipe: dict[str, Any], tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello."}]
+    (tmp_path / "text.json").write_text(json.dumps([{"id": str(i), "conversations": turns} for i in range(9)]))
+    recipe["stages"][0]["data"] = [{"path": str(tmp_path / "text.json")}]
+    run = train(recipe, out=tmp_path / "run", quiet=True)
+    assert [line["grad_norm"] for line in lines(run.folder) if line.get("stage") == "align" and "loss" in line] == [
+        0.0
+    ] * 6
+
+
+def test_opened_lora_model_answers_without_dropout(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["stages"][1].update(strategy="lora", lora={"rank": 4, "dropout": 0.5})
+    train(recipe, out=tmp_path / "run", quiet=True)
+    assert not any(module.training for module in open_tuned(tmp_path / "run").model.modules())
+
+
+def test_a_folder_that_was_there_before_is_never_removed(recipe: dict[str, Any], toys: Path, tmp_path: Path) -> None:
+    train(recipe, out=tmp_path / "run", quiet=True)
+    for path in (*(tmp_path / "run").glob("checkpoints/*/state.json"), tmp_path / "run" / "adapter" / "adapter.json"):
+        path.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "take_step", raise_input_error)
+        with pytest.raises(InputError, match="a broken image"):
+            train(recipe, out=tmp_path / "run", resume=True, quiet=True)
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
+
+
+def raise_input_error(*arguments: Any) -> None:
+    raise InputError("a broken image")
+
+
 @pytest.mark.heavy
 def test_two_processes_give_the_losses_of_one(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["device"] = "cpu"
+    for stage in recipe["stages"]:  # 24 samples in batches of 23: one process is idle in every second step
+        stage["batch_size"] = 23
     train(recipe, out=tmp_path / "one", quiet=True)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -144,6 +144,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -
     put_tensors(model, state, values)
     if record.get("lora"):
         load_lora(model, state, record["lora"], Path(folder) / "lora")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
     vars(model)["_normtune_originals"] = originals
     return record
 
@@ -255,7 +257,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, force: bool = F
             "merge with --dtype float32 (larger files, nothing lost), or --force"
         )
     if state.lora is not None:
-        fold_lora(model, state)
+        fold_lora(model, state, dtype)
     for module in model.modules():
         demote(module)
     for parameter in model.parameters():
@@ -275,12 +277,14 @@ def set_config_dtype(config: Any, dtype: torch.dtype) -> None:
             part.dtype = dtype
 
 
-def fold_lora(model: nn.Module, state: Tuning) -> None:
-    """W + alpha / r * B A into the layer's own weight, by PEFT."""
+def fold_lora(model: nn.Module, state: Tuning, dtype: torch.dtype) -> None:
+    """W + alpha / r * B A into the layer's own weight of `dtype`, by PEFT."""
     from peft.tuners.lora import LoraLayer
 
     for name in state.anatomy.linears:
         layer = model.get_submodule(name)
         if isinstance(layer, LoraLayer):
+            for parameter in layer.base_layer.parameters():  # type: ignore[union-attr]
+                parameter.data = parameter.data.to(dtype)
             layer.merge()  # type: ignore[operator]
     remove_lora(model, state)

@@ -93,6 +93,9 @@ def take_step(
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
             loss = supervised_loss(model, on_device(batch, accelerator.device, dtype))
+            if not loss.requires_grad or accelerator.num_processes > 1:
+                # a batch without images does not reach the connector: its gradient is zero, not missing
+                loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
             accelerator.backward(loss * accelerator.num_processes / supervised)
             loss_sum += loss.detach()
     mean = float(accelerator.reduce(loss_sum)) / supervised

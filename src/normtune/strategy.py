@@ -291,6 +291,8 @@ def add_lora(model: nn.Module, state: Tuning, options: dict[str, Any]) -> None:
     for name, parameter in model.named_parameters():
         if is_lora(name):
             parameter.data = parameter.data.float()
+    for name in state.anatomy.linears:
+        model.get_submodule(name).train(model.training)  # PEFT's layers come in train mode, with dropout
     rename_tuned(model, state)
     state.lora = options
 

@@ -88,7 +88,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         held = ", ".join(sorted({type(child).__name__ for child in model.get_submodule(blocks[0]).children()}))
         raise InputError(
             f"no norm with a learned gain in the {len(blocks)} blocks of {type(model).__name__} (they hold {held}).\n"
-            "norm tuning needs one; the strategies lora, attn-mlp and full do not"
+            "normtune tunes models whose blocks have RMSNorm or LayerNorm with a learned gain; give another model"
         )
     head = output_head(model)
     vision, connector = find_vision(model, llm, head)

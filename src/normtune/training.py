@@ -37,14 +37,14 @@ from normtune.checkpoint import (
     read_tensors,
     save_checkpoint,
 )
-from normtune.data import Collator, Mixture
+from normtune.data import IGNORED, Collator, Mixture
 from normtune.errors import InputError, NormtuneError
 from normtune.progress import Bar, say
 from normtune.recipe import Recipe, Stage, load_recipe, parse_interval, recipe_hash, to_yaml
 from normtune.runlog import Run
 from normtune.step import Movement, check_rates, make_optimizer, note_of, take_step
 from normtune.strategy import Report, apply, check, tuning
-from normtune.tuned import build
+from normtune.tuned import build, open_tuned
 
 MICRO_BATCH = 16
 
@@ -117,9 +117,11 @@ def train(
     run = Run(Path(out) if out else Path("runs") / recipe.name)
     if resume and (run.adapter / "adapter.json").is_file():
         check_same(recipe, run)
-        say(f"{run.folder} is finished already; nothing to resume")
-        model, processor = build(recipe.model, recipe.seed)
-        return Trained(run.folder, model, processor, None, 0.0)
+        if not quiet:
+            say(f"{run.folder} is finished already; nothing to resume")
+        tuned = open_tuned(run.folder)
+        return Trained(run.folder, tuned.model, tuned.processor, None, 0.0)
+    fresh = not run.folder.exists()
     loop = start(recipe, run, resume, quiet)
     report = None
     try:
@@ -129,10 +131,12 @@ def train(
                 report = run_stage(loop, index, step)
                 step = 0
     except InputError:
-        if not list_checkpoints(run.checkpoints):  # nothing was trained: leave no run in the way of the next try
+        if fresh and not list_checkpoints(run.checkpoints):  # nothing was trained: leave no run in the way
             shutil.rmtree(run.folder, ignore_errors=True)
         raise
     loop.accelerator.wait_for_everyone()
+    if report is None:  # resumed after the last step: the adapter still says which strategy it is of
+        report = apply_stage(loop, recipe.stages[-1])
     if loop.accelerator.is_main_process:
         facts = {"base": {"model": recipe.model.model_dump(), "seed": recipe.seed}, "recipe": recipe_hash(recipe)}
         save_adapter(loop.model, run.adapter, **facts)
@@ -146,16 +150,18 @@ def train(
 
 def override_texts(overrides: Mapping[str, Any]) -> list[str]:
     """`{"seed": 1}` as the command line writes it: `["seed=1"]`."""
-    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
 
 
 def check_lora_order(recipe: Recipe) -> None:
-    """A later stage without LoRA would throw an earlier stage's LoRA away."""
+    """A later stage without LoRA, or with other options of it, would throw an earlier stage's LoRA away."""
     uses = [stage.strategy == "lora" or "lora" in stage.strategy for stage in recipe.stages]
     for before, (has, following) in enumerate(itertools.pairwise(uses)):
         if has and not following:
             names = recipe.stages[before].name, recipe.stages[before + 1].name
             raise InputError(f"stage {names[0]} trains lora and {names[1]} does not: lora must stay to the last stage")
+        if has and recipe.stages[before].lora != recipe.stages[before + 1].lora:
+            raise InputError("two stages train lora with different options: give both the same rank, alpha and dropout")
 
 
 def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
@@ -245,6 +251,8 @@ def recover(loop: Loop, resume: bool) -> tuple[int, int]:
     if loop.recipe.start_from is None:
         return 0, 0
     path = finished_first_stage(loop.recipe, Path(loop.recipe.start_from))
+    if "lora" in loop.recipe.stages[0].strategy:
+        apply_stage(loop, loop.recipe.stages[0])
     load_parameters(loop.model, read_tensors(path), path)
     loop.say(f"stage {loop.recipe.stages[0].name} taken from {path}")
     return 1, 0
@@ -262,8 +270,8 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     describe(loop, stage, report)
     mixture = loop.mixtures[index]
     collator = Collator(loop.processor, stage.max_length)
-    per_epoch = math.ceil(len(mixture.order(seed, 0)) / stage.batch_size)
-    total = stage.max_steps or stage.epochs * per_epoch
+    per_epoch, total = steps_of(stage, mixture)
+    earlier = sum(steps_of(s, m)[1] for s, m in zip(loop.recipe.stages[:index], loop.mixtures, strict=False))
     optimizer = make_optimizer(loop.model, stage, report)
     if first_step:
         path = loop.run.checkpoints / f"{stage.name}-{first_step}"
@@ -284,6 +292,9 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
         at = step % per_epoch * stage.batch_size
         mine = order[at : at + stage.batch_size][loop.accelerator.process_index :: loop.accelerator.num_processes]
         size = stage.micro_batch_size or min(stage.batch_size, MICRO_BATCH)
+        if not mine:  # fewer samples than processes: this one only takes part in the exchange of gradients
+            idle = collator([mixture[order[at]]])
+            return [{**idle, "labels": torch.full_like(idle["labels"], IGNORED)}]
         return [collator([mixture[i] for i in mine[j : j + size]]) for j in range(0, len(mine), size)]
 
     silent = loop.quiet or not loop.accelerator.is_main_process
@@ -294,7 +305,7 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
             ready, ahead = ahead.result(), pool.submit(batches, step + 1) if step + 1 < total else None
             record = take_step(loop.accelerator, model, optimizer, ready, stage, step, total)
             record.update(movement.measure(step, total))
-            loop.log({"stage": stage.name, "step": step + 1, **record}, step=step + 1)
+            loop.log({"stage": stage.name, "step": step + 1, **record}, step=earlier + step + 1)
             bar.update(step + 1, note_of(record))
             movement.guard(step + 1, stage)
             keep_safe(loop, optimizer, index, step + 1, total)
@@ -302,6 +313,12 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
         loop.model.gradient_checkpointing_disable()  # type: ignore[operator]
     loop.log({"event": "stage end", "stage": stage.name, "data": dict(collator.counts), **movement.last})
     return report
+
+
+def steps_of(stage: Stage, mixture: Mixture) -> tuple[int, int]:
+    """Optimizer steps of an epoch, and of the stage."""
+    per_epoch = math.ceil(len(mixture.order(0, 0)) / stage.batch_size)
+    return per_epoch, stage.max_steps or stage.epochs * per_epoch
 
 
 def describe(loop: Loop, stage: Stage, report: Report) -> None:

@@ -60,7 +60,7 @@ def write_merged(run: str, out: Path, dtype: Dtype | None, force: bool) -> None:
     from normtune.model import save
     from normtune.tuned import open_tuned
 
-    tuned = open_tuned(run)
+    tuned = open_tuned(run, force=force)
     result = merge(tuned.model, getattr(torch, dtype.value) if dtype else None, force=force)
     save(tuned.model, tuned.processor, out)
     print(f"{out}: {result}" if result.gains else f"{out}: no gains were tuned in this run")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from string import ascii_letters, digits
 from typing import Annotated
 
 import typer
+import yaml
 
 TEMPLATE = """\
 # A recipe for normtune. Check it, then: normtune train THIS_FILE
@@ -75,7 +77,7 @@ def init(
     smallest = min(counts.values())
     batch = next((size for size in (128, 64, 32, 16, 8, 4, 2) if size * 8 <= smallest), 1)
     text = TEMPLATE.format(
-        name=name or run_name(llm, vision),
+        name=quoted(name or run_name(llm, vision)),
         llm=quoted(llm),
         vision=quoted(vision),
         dtype="bfloat16" if is_large(llm) else "float32",
@@ -83,8 +85,6 @@ def init(
         instruct=sources(data, images, counts),
         batch=batch,
     )
-    import yaml
-
     load_recipe(yaml.safe_load(text))  # what is printed is a recipe that loads
     print(text, end="")
 
@@ -99,9 +99,8 @@ def sources(paths: list[Path], images: Path | None, counts: dict[Path, int]) -> 
 
 def quoted(text: str) -> str:
     """As a YAML scalar inside a flow mapping."""
-    return (
-        text if text.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum() else json.dumps(text)
-    )
+    simple = set(text) <= set(ascii_letters + digits + "/._-") and yaml.safe_load(text) == text
+    return text if simple else json.dumps(text)
 
 
 def run_name(llm: str, vision: str) -> str:

@@ -28,13 +28,14 @@ def norms(
 
     empty = skeleton(model)
     found = anatomy(empty)
-    total = sum(p.numel() for p in empty.parameters())
+    constant = {id(p) for name in found.constant for p in empty.get_submodule(name).parameters()}
+    total = sum(p.numel() for p in empty.parameters() if id(p) not in constant)
     parts: dict[str, dict[str, Any]] = {}
     for part in ROWS:
         names = found.modules(part)
         if names:
             parameters = {id(p): p.numel() for name in names for p in empty.get_submodule(name).parameters()}
-            count = sum(parameters.values())
+            count = sum(numbers for key, numbers in parameters.items() if key not in constant)
             parts[part] = {"modules": len(names), "parameters": count, "percent": 100 * count / total, "names": names}
     if json:
         print_json({"model": model, "class": type(empty).__name__, "parameters": total, "parts": parts})

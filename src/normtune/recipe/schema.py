@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -145,7 +146,7 @@ class Recipe(Node):
         if len(set(names)) != len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}; give each its own")
         parse_interval(self.save_every)
-        if self.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps", "xpu"):
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise ValueError(f"device {self.device!r} is unknown; use auto, cpu, cuda, cuda:0 or mps")
         return self
 
