@@ -86,3 +86,17 @@ def test_folders_are_numbered(tmp_path: Path) -> None:
 def test_the_report_says_so_whatever_comes_out(gap: float, words: str) -> None:
     facts = {"quick": False, "controls": {"gaps": {"blind pope": gap}, "within": gap <= 0.05}}
     assert words in verdict(facts)
+
+
+@pytest.mark.slow
+def test_the_whole_demo_keeps_its_promises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("demo", "--json", "--out", str(tmp_path / "demo")) == 0
+    facts = json.loads(capsys.readouterr().out)
+    scores = facts["scores"]
+    assert scores["stage1"]["pope"] <= 0.80
+    assert scores["layernorm-simple"]["pope"] >= 0.80
+    assert scores["layernorm"]["pope"] >= 0.90
+    for control in ("blind", "shuffled"):
+        for column in ("pope", "mme"):
+            assert abs(scores[control][column] - scores["chance"][column]) <= 0.05
+    assert facts["peak_rss_bytes"] <= 2e9
