@@ -72,8 +72,7 @@ def train(recipe: Any, **options: Any) -> Any:
 
     Paths such as `world:train/align.json` name the files of the embedded world.
     """
-    from normtune.recipe import load_recipe
-    from normtune.training import override_texts
+    from normtune.recipe import load_recipe, override_texts
     from normtune.training import train as run
     from normtune.world import resolve
 

@@ -176,16 +176,21 @@ class Run:
         append_line(self.log, {"time": round(time.time(), 3), **record})
 
     @staticmethod
+    def refuse_existing(folder: Path) -> None:
+        """Raises InputError if something lies where a new run is to be."""
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(
+                f"run folder {folder} exists already; go on with --resume, choose another with --out, or remove it"
+            )
+
+    @staticmethod
     def create(folder: Path, recipe_text: str) -> Run:
         """A new run folder.
 
         Raises:
             InputError: it exists already, or cannot be made.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
-                f"run folder {folder} exists already; go on with --resume, choose another with --out, or remove it"
-            )
+        Run.refuse_existing(folder)
         with atomic_folder(folder) as temporary:
             (temporary / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         return Run(folder)

@@ -7,16 +7,15 @@ base dtype, LoRA through PEFT. The only module with an opinion on strategies. No
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from normtune.errors import InputError
+from normtune.errors import InputError, did_you_mean
 from normtune.kernels import demote, promote
 from normtune.structure import PART_NAMES, Anatomy, anatomy
 
@@ -161,11 +160,6 @@ def resolve(strategy: str | Sequence[str]) -> tuple[str, tuple[str, ...], bool]:
             known = ", ".join(PART_NAMES)
             raise InputError(f"unknown part {part!r}{did_you_mean(part, PART_NAMES)}; known: {known}, regex:PATTERN")
     return "+".join(parts), parts, True
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def select(model: nn.Module, found: Anatomy, parts: Sequence[str], explicit: bool) -> tuple[dict[str, str], list[str]]:

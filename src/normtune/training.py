@@ -8,7 +8,6 @@ number. Not here: what a strategy is (strategy.py), one step (step.py), batches 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 import signal
@@ -40,7 +39,7 @@ from normtune.checkpoint import (
 from normtune.data import IGNORED, Collator, Mixture
 from normtune.errors import InputError, NormtuneError
 from normtune.progress import Bar, say
-from normtune.recipe import Recipe, Stage, load_recipe, parse_interval, recipe_hash, to_yaml
+from normtune.recipe import Recipe, Stage, load_recipe, override_texts, parse_interval, recipe_hash, to_yaml
 from normtune.runlog import Run
 from normtune.step import Movement, check_rates, make_optimizer, note_of, take_step
 from normtune.strategy import Report, apply, check, tuning
@@ -148,14 +147,9 @@ def train(
     return Trained(run.folder, loop.model, loop.processor, report, time.monotonic() - began)
 
 
-def override_texts(overrides: Mapping[str, Any]) -> list[str]:
-    """`{"seed": 1}` as the command line writes it: `["seed=1"]`."""
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
-
-
 def check_lora_order(recipe: Recipe) -> None:
     """A later stage without LoRA, or with other options of it, would throw an earlier stage's LoRA away."""
-    uses = [stage.strategy == "lora" or "lora" in stage.strategy for stage in recipe.stages]
+    uses = ["lora" in stage.strategy for stage in recipe.stages]
     for before, (has, following) in enumerate(itertools.pairwise(uses)):
         if has and not following:
             names = recipe.stages[before].name, recipe.stages[before + 1].name
@@ -171,8 +165,8 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     accelerator = make_accelerator(recipe, run)
     if resume and run.recipe.is_file():
         check_same(recipe, run)
-    elif run.folder.exists() and any(run.folder.iterdir()) and not resume:
-        Run.create(run.folder, "")  # raises
+    elif not resume:
+        Run.refuse_existing(run.folder)
     torch.manual_seed(recipe.seed)
     model, processor = build(recipe.model, recipe.seed)
     for stage in recipe.stages:

@@ -7,7 +7,6 @@ and tables of results.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from normtune.chat import PLACEHOLDER, Turn
-from normtune.errors import InputError
+from normtune.errors import InputError, did_you_mean
 from normtune.evaluation.answering import Request, answer, generate
 from normtune.evaluation.selection import CONTROLS, Control, images_shown, select, shuffled_images
 from normtune.tasks import TASKS, Item, Task
@@ -79,9 +78,9 @@ def _check(benchmarks: Sequence[str], control: str, limit: int | None, batch_siz
     """InputError for a value that no run could use."""
     for name in benchmarks:
         if name not in TASKS:
-            close = difflib.get_close_matches(name, TASKS, n=1)
-            hint = f" (did you mean '{close[0]}'?)" if close else ""
-            raise InputError(f"benchmark '{name}' is unknown{hint}.\nThere are {', '.join(TASKS)}.")
+            raise InputError(
+                f"benchmark '{name}' is unknown{did_you_mean(name, TASKS)}.\nThere are {', '.join(TASKS)}."
+            )
     if control not in CONTROLS:
         raise InputError(f"control '{control}' is unknown.\nThere are {', '.join(CONTROLS)}.")
     if limit is not None and limit < 1:

@@ -5,7 +5,7 @@ the field, the file and the closest known key. Not here: whether a path exists (
 and anything that needs torch.
 """
 
-from normtune.recipe.loading import load_recipe, recipe_hash, to_yaml
+from normtune.recipe.loading import load_recipe, override_texts, recipe_hash, to_yaml
 from normtune.recipe.schema import (
     BENCHMARKS,
     PARTS,
@@ -17,7 +17,6 @@ from normtune.recipe.schema import (
     ModelRecipe,
     Recipe,
     Stage,
-    closest,
     parse_interval,
 )
 
@@ -32,8 +31,8 @@ __all__ = [
     "ModelRecipe",
     "Recipe",
     "Stage",
-    "closest",
     "load_recipe",
+    "override_texts",
     "parse_interval",
     "recipe_hash",
     "to_yaml",

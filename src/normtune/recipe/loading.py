@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from normtune.errors import InputError
-from normtune.recipe.schema import Recipe, closest
+from normtune.errors import InputError, did_you_mean
+from normtune.recipe.schema import Recipe
 
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
@@ -81,6 +81,11 @@ def named(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value)
 
 
+def override_texts(overrides: Mapping[str, Any]) -> list[str]:
+    """`{"seed": 1}` as the command line writes it: `["seed=1"]`."""
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+
+
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Sets `a.b.0.c=VALUE` in place; VALUE is YAML: `1e-4`, `true`, `[norms, connector]` mean what they say."""
     key, separator, text = override.partition("=")
@@ -142,7 +147,7 @@ def explain(error: ValidationError, where: str) -> str:
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             known = keys_at(fault["loc"][:-1])
-            message = f"unknown key{closest(str(fault['loc'][-1]), known)}; known: {', '.join(known)}"
+            message = f"unknown key{did_you_mean(str(fault['loc'][-1]), known)}; known: {', '.join(known)}"
         elif fault["type"] == "missing":
             message = "missing; add it"
         elif "input" in fault and isinstance(fault["input"], str | int | float | bool | None) and field:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from normtune.errors import did_you_mean
 
 STRATEGIES = ("connector", "layernorm", "layernorm-simple", "attn-qv", "attn-mlp", "lora", "full")
 PARTS = (
@@ -169,14 +170,8 @@ def parse_interval(value: str | int) -> tuple[int | None, float | None]:
     return None, minutes * 60
 
 
-def closest(name: str, known: Sequence[str]) -> str:
-    """` (did you mean 'x'?)` or nothing."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
-
-
 def check_name(name: str, known: Sequence[str], what: str, hint: str = "") -> None:
     """Raises ValueError, which pydantic reports with the field, if `name` is not one of `known`."""
     if name not in known:
         known_text = ", ".join(known) + (f"; {hint}" if hint else "")
-        raise ValueError(f"unknown {what} {name!r}{closest(name, known)}; known: {known_text}")
+        raise ValueError(f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {known_text}")

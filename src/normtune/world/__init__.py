@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from normtune.errors import InputError
-from normtune.recipe import Recipe, closest
+from normtune.errors import InputError, did_you_mean
+from normtune.recipe import Recipe
 
 PREFIX = "world:"
 ASSETS = ("llm", "vision", "vision2")
@@ -32,7 +32,7 @@ def path(name: str) -> Path:
         InputError: another name, or weights that are not in this installation.
     """
     if name not in ASSETS:
-        raise InputError(f"the world has no model {name!r}{closest(name, ASSETS)}; it has {', '.join(ASSETS)}")
+        raise InputError(f"the world has no model {name!r}{did_you_mean(name, ASSETS)}; it has {', '.join(ASSETS)}")
     folder = Path(__file__).parent / "assets" / name
     if not (folder / "config.json").is_file():
         raise InputError(
@@ -119,5 +119,5 @@ def _real(text: str, where: str, known: tuple[str, ...]) -> str:
     name = text.removeprefix(PREFIX).rstrip("/")
     if name not in known:
         names = ", ".join(PREFIX + other for other in known)
-        raise InputError(f"{where}the embedded world has no {text!r}{closest(name, known)}\nThere are {names}.")
+        raise InputError(f"{where}the embedded world has no {text!r}{did_you_mean(name, known)}\nThere are {names}.")
     return str(path(name) if name in ASSETS else ensure() / name)
