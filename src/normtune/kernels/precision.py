@@ -1,22 +1,156 @@
 """fp32 parameters in a model whose activations are bf16: cast at use, never a copy kept.
 
-`promote(module)` turns chosen parameters of one norm, Linear or Embedding into fp32 and lets the module compute in the
-dtype of its input; `demote(module)` takes it back. The residual stream keeps its dtype, no autocast is needed.
-Backward keeps the fp32 parameter itself and never the cast copy; gradients of parameters are fp32.
-Not here: which parameters (strategy.py); modules of other kinds, which raise.
+`promote(module, dtype)` lets a module some of whose own parameters are fp32 compute in the activation dtype of its
+model; `demote(module)` takes exactly that back. The residual stream keeps its dtype and no autocast is needed; under
+autocast the module computes in autocast's dtype, as torch's own layers do. Gradients of fp32 parameters are fp32.
+
+Four shapes, chosen by the forward that the module has and not by its name:
+
+- a norm: its own forward on fp32 input with fp32 parameters, the result cast back;
+- Linear, and transformers' Conv1D with its transposed weight: an autograd Function that keeps the parameter;
+- Embedding: the chosen rows are cast, never the table;
+- any other (experts with 3-D parameters, convolutions, mixers, layers with bare parameters, subclasses with a forward
+  of their own): its own forward while its fp32 parameters are replaced by cast copies. What autograd would keep of a
+  copy, the whole or a view, is kept as the parameter and cast again in backward.
+
+Not here: which parameters (strategy.py); a model that is cast as a whole afterwards (`model.float()`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+from transformers.pytorch_utils import Conv1D
 
-from normtune.errors import InputError
+Forward = Callable[..., Any]
+TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HOOKED = "_old_forward"
+"""Where accelerate's hooks, which replace `forward`, keep the forward that they found."""
+
+
+class Promoted(functools.partial):  # type: ignore[type-arg]
+    """The forward of a promoted module: `function(module, before, dtype, ...)`, `before` being what was in its place.
+
+    As a partial it follows its module through deepcopy and pickle; as a class of its own it is known again.
+    """
+
+    @property
+    def module(self) -> nn.Module:
+        return self.args[0]  # type: ignore[no-any-return]
+
+    @property
+    def before(self) -> Forward | None:
+        """The instance's own forward that was there, or None: the class's."""
+        return self.args[1]  # type: ignore[no-any-return]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own forward: structure.py tells attention by its arguments."""
+        return inspect.signature(self.before or MethodType(type(self.module).forward, self.module))
+
+
+def promote(module: nn.Module, dtype: torch.dtype, is_norm: bool = False) -> None:
+    """Lets `module`, some of whose own parameters are fp32, compute in a model of `dtype`; a second time does nothing.
+
+    Works inside accelerate's hooks and around any other forward that somebody gave to this instance.
+
+    Args:
+        dtype: activation dtype of the model around it; what the module computes in (a norm: what it returns).
+        is_norm: the module is a norm, which computes in fp32.
+    """
+    place = HOOKED if HOOKED in vars(module) else "forward"
+    before = vars(module).get(place)
+    if isinstance(before, Promoted):
+        return
+    function: Forward = module_forward
+    if is_norm:
+        function = norm_forward
+    elif before is None or is_native(before, module):
+        function = FORWARDS.get(type(module).forward, module_forward)
+    setattr(module, place, Promoted(function, module, before, dtype))
+
+
+def demote(module: nn.Module) -> None:
+    """Gives the module the forward back that it had before `promote`; nothing happens to one that is not ours."""
+    for place in ("forward", HOOKED):
+        ours = vars(module).get(place)
+        if not isinstance(ours, Promoted):
+            continue
+        if ours.before is not None:
+            setattr(module, place, ours.before)
+        elif place == HOOKED:  # hooked after promote: the hook needs a forward to call
+            setattr(module, place, MethodType(type(module).forward, module))
+        else:
+            delattr(module, place)
+
+
+def is_native(forward: Forward, module: nn.Module) -> bool:
+    """Whether an instance's forward is just its class's, as accelerate leaves it there."""
+    return isinstance(forward, MethodType) and forward.__func__ is type(module).forward and forward.__self__ is module
+
+
+def is_quantized(parameter: torch.Tensor) -> bool:
+    """Whether a parameter holds packed or 8-bit values, which cannot be trained.
+
+    bitsandbytes' 4-bit weights can pose as bf16 (its `quant_storage`), hence the look at their class.
+    """
+    return parameter.dtype not in TRAINABLE or type(parameter).__module__.partition(".")[0] == "bitsandbytes"
+
+
+# The four forwards: (module, the instance's forward that was there or None, activation dtype, then the module's own).
+
+
+def norm_forward(module: nn.Module, before: Forward | None, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    """The norm's own forward in fp32, cast back to the dtype of its first argument.
+
+    An fp32 argument outside autocast is one that a parent cast to the gain's dtype (Mamba): the base's norm would have
+    returned `dtype`, and so does this one.
+    """
+    given = args[0] if args else next(iter(kwargs.values()))
+    cast_up = given.dtype == torch.float32 and not torch.is_autocast_enabled(given.device.type)
+    with cast_parameters(module, torch.float32):
+        args, kwargs = cast(args, torch.float32), cast(kwargs, torch.float32)
+        return cast(call(module, before, *args, **kwargs), dtype if cast_up else given.dtype)
+
+
+def linear_forward(module: nn.Linear, before: Forward | None, dtype: torch.dtype, input: torch.Tensor) -> torch.Tensor:
+    return CastLinear.apply(input.to(compute_dtype(input, dtype)), module.weight, module.bias)  # type: ignore
+
+
+def conv1d_forward(module: Conv1D, before: Forward | None, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    return CastLinear.apply(x.to(compute_dtype(x, dtype)), module.weight.t(), module.bias)  # type: ignore
+
+
+def embedding_forward(
+    module: nn.Embedding, before: Forward | None, dtype: torch.dtype, input: torch.Tensor
+) -> torch.Tensor:
+    return nn.Embedding.forward(module, input).to(dtype)
+
+
+def module_forward(module: nn.Module, before: Forward | None, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward with its own fp32 parameters cast to `dtype`."""
+    if type(module).__module__.startswith("torch.nn."):
+        # torch's layers take input of their weight's dtype only; vision encoders cast theirs to the fp32 weight's
+        args, kwargs = cast(args, dtype), cast(kwargs, dtype)
+    with cast_parameters(module, dtype):
+        return call(module, before, *args, **kwargs)
+
+
+FORWARDS: dict[Forward, Forward] = {
+    nn.Linear.forward: linear_forward,
+    nn.Embedding.forward: embedding_forward,
+    Conv1D.forward: conv1d_forward,
+}
 
 
 class CastLinear(torch.autograd.Function):
@@ -26,10 +160,11 @@ class CastLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         needs_x, needs_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        ctx.has_bias, ctx.dtype, ctx.weight_dtype = bias is not None, x.dtype, weight.dtype
+        ctx.has_bias, ctx.weight_dtype = bias is not None, weight.dtype
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
@@ -42,47 +177,79 @@ class CastLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
-def promote(module: nn.Module, dtype: torch.dtype, is_norm: bool = False) -> None:
-    """Makes `module` compute in its input's dtype whatever the dtype of its own parameters.
+def call(module: nn.Module, before: Forward | None, *args: Any, **kwargs: Any) -> Any:
+    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
-    Args:
-        dtype: activation dtype of the base; what an Embedding returns.
-        is_norm: the module is a norm: run it on fp32 input and cast its output back.
 
-    Raises:
-        InputError: a module that is no norm, Linear or Embedding.
-    """
-    if "forward" in vars(module):
+def compute_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in `value` (a tensor, or tuples, lists, dicts of them) as `dtype`; the rest as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if type(value) in (tuple, list):
+        return type(value)(cast(item, dtype) for item in value)
+    if type(value) is dict:
+        return {key: cast(item, dtype) for key, item in value.items()}
+    return value
+
+
+@contextmanager
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within, the module's own floating-point parameters are of `dtype`; autograd keeps none of the copies."""
+    own = {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dtype != dtype and not is_quantized(parameter)
+    }
+    if not own:
+        yield
         return
-    forward: Callable[..., torch.Tensor]
-    if is_norm:
-        for parameter in module.parameters(recurse=False):  # torch's layer_norm takes gain and bias of one dtype
-            parameter.data = parameter.data.float()
-        forward = functools.partial(norm_forward, module)
-    elif isinstance(module, nn.Linear):
-        forward = functools.partial(linear_forward, module)
-    elif isinstance(module, nn.Embedding):
-        forward = functools.partial(embedding_forward, module, dtype)
-    else:
-        raise InputError(
-            f"a {type(module).__name__} cannot be trained in fp32 inside a {dtype} model; set model.dtype: float32"
-        )
-    module.forward = forward  # type: ignore[method-assign]
+    copies = {name: parameter.to(dtype) for name, parameter in own.items()}
+    module._parameters.update(copies)  # type: ignore[arg-type]
+    try:
+        # torch.compile cannot trace hooks and needs none: it decides by itself to cast again in backward
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            yield
+        else:
+            with keep_sources([(own[name], copies[name]) for name in own]):
+                yield
+    finally:
+        module._parameters.update(own)
 
 
-def demote(module: nn.Module) -> None:
-    """The module's own forward again."""
-    vars(module).pop("forward", None)
+@contextmanager
+def keep_sources(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Within, what autograd saves of a copy in `pairs` (source, copy) is kept as its source and cast again when needed.
 
+    Everything else goes to the hooks around, if any (activation checkpointing drops tensors by them): of nested
+    hooks torch calls only the innermost.
+    """
+    sources = {copy.untyped_storage()._cdata: (source.detach(), copy) for source, copy in pairs}
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
 
-def norm_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return type(module).forward(module, x.float()).to(x.dtype)
+    def pack(saved: torch.Tensor) -> Callable[[], torch.Tensor]:
+        source, copy = sources.get(saved.untyped_storage()._cdata, (None, saved))
+        if source is None or source.stride() != copy.stride():
+            if outer is None:
+                return lambda: saved
+            packed = outer[0](saved)
+            return lambda: outer[1](packed)
+        size, stride, offset = saved.size(), saved.stride(), saved.storage_offset() + source.storage_offset()
+        dtype, version = saved.dtype, source._version
 
+        def unpack() -> torch.Tensor:
+            if source._version != version:
+                raise RuntimeError("a parameter was changed in place between its use and backward")
+            return source.as_strided(size, stride, offset).to(dtype)
 
-def linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return CastLinear.apply(x, module.weight, module.bias)  # type: ignore[no-any-return,no-untyped-call]
+        return unpack
 
-
-def embedding_forward(module: nn.Embedding, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
-    # type(module).forward keeps what a subclass adds, such as a scale of the embedding
-    return type(module).forward(module, ids).to(dtype)
+    try:
+        with saved_tensors_hooks(pack, lambda packed: packed()):
+            yield
+    finally:
+        sources.clear()  # autograd holds on to `pack`, which must not hold the copies
