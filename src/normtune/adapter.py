@@ -20,7 +20,20 @@ from torch import nn
 from normtune.errors import InputError, JobError
 from normtune.kernels import demote
 from normtune.runlog import atomic_folder, provenance, read_json, write_json
-from normtune.strategy import LORA_NAME, Tuning, add_lora, is_lora, match_precision, remove_lora, tuning
+from normtune.strategy import (
+    LORA_NAME,
+    Tuning,
+    add_lora,
+    base_gains,
+    hold_base,
+    is_lora,
+    mark_tuned,
+    match_precision,
+    parameters,
+    remove_lora,
+    settle,
+    tuning,
+)
 
 FORMAT = 1
 BASE = "base."
@@ -58,18 +71,18 @@ def save_adapter(model: nn.Module, folder: str | Path, **facts: Any) -> Path:
         JobError: the disk is full.
     """
     state = tuning(model)
-    parameters = dict(model.named_parameters())
-    names = [n for n in state.tuned if not is_lora(n)]
+    present = parameters(model)
+    names = [n for n in state.tuned if n in present]
     if not names and state.lora is None:
         raise InputError("the model has no tuned tensors; call normtune.apply and train before saving an adapter")
-    tensors = {plain(n): parameters[n].detach().float().cpu().contiguous() for n in names}
-    tensors.update({BASE + n: t.contiguous() for n, t in state.base_gains.items()})
+    tensors = {n: present[n].detach().float().cpu().contiguous() for n in names}
+    tensors.update({BASE + n: t.contiguous() for n, t in base_gains(model).items()})
     report = state.report
     record = {
         "format": FORMAT,
         "strategy": report.strategy if report else None,
         "parts": list(report.parts) if report else [],
-        "parameters": sum(parameters[n].numel() for n in names),
+        "parameters": sum(present[n].numel() for n in names),
         "lora": state.lora,
         "dtype": str(state.dtype).removeprefix("torch."),
         **facts,
@@ -81,11 +94,6 @@ def save_adapter(model: nn.Module, folder: str | Path, **facts: Any) -> Path:
         if state.lora is not None:
             save_lora(model, temporary / "lora")
     return Path(folder)
-
-
-def plain(name: str) -> str:
-    """The name without the level that PEFT adds."""
-    return name.replace(".base_layer.", ".")
 
 
 def save_lora(model: nn.Module, folder: Path) -> None:
@@ -129,18 +137,19 @@ def load_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -
     """
     tensors, record = read_adapter(folder)
     state = tuning(model)
-    verify_base(state, tensors, Path(folder), force)
+    verify_base(model, tensors, Path(folder), force)
     values = {n: t for n, t in tensors.items() if not n.startswith(BASE)}
-    parameters = {plain(n): p for n, p in model.named_parameters()}
+    present = parameters(model)
     for name, value in values.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            there = tuple(parameters[name].shape) if name in parameters else "nothing"
+        if name not in present or present[name].shape != value.shape:
+            there = tuple(present[name].shape) if name in present else "nothing"
             raise InputError(
                 f"{folder}: tensor {name} {tuple(value.shape)} does not fit this model ({there} there); "
                 "load the adapter onto the base that it was trained on"
             )
     remove_adapter(model)
-    originals = {n: parameters[n].detach().cpu().clone() for n in values}
+    settle(model)
+    originals = {n: present[n].detach().cpu().clone() for n in values}
     put_tensors(model, state, values)
     if record.get("lora"):
         load_lora(model, state, record["lora"], Path(folder) / "lora")
@@ -152,29 +161,31 @@ def load_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -
 
 def put_tensors(model: nn.Module, state: Tuning, values: Mapping[str, torch.Tensor]) -> None:
     """Copies fp32 values into parameters, which become fp32 and count as tuned."""
-    for name, parameter in model.named_parameters():
-        if plain(name) not in values:
-            continue
-        with torch.no_grad():
-            parameter.data = parameter.data.float()
-            parameter.copy_(values[plain(name)])
-        if name not in state.tuned:
-            state.tuned.append(name)
+    hold_base(model, values)
+    for name, parameter in parameters(model).items():
+        if name in values:
+            if parameter.dtype != torch.float32:
+                state.origin[name] = parameter.dtype
+            with torch.no_grad():
+                parameter.data = parameter.data.float()
+                parameter.copy_(values[name])
+    mark_tuned(model, values)
     match_precision(model, state)
 
 
-def verify_base(state: Tuning, tensors: Mapping[str, torch.Tensor], folder: Path, force: bool) -> None:
+def verify_base(model: nn.Module, tensors: Mapping[str, torch.Tensor], folder: Path, force: bool) -> None:
     """Refuses a base whose gains are not those under `base.`."""
     stored = {n.removeprefix(BASE): t for n, t in tensors.items() if n.startswith(BASE)}
     if force:
         return
-    if stored.keys() != state.base_gains.keys():
-        odd = sorted(stored.keys() ^ state.base_gains.keys())[0]
+    own = base_gains(model)
+    if not own.keys() <= stored.keys():
+        odd = sorted(stored.keys() ^ own.keys())[0]
         raise InputError(
             f"{folder} belongs to another base: {odd} is not in both models; give the base it was trained on"
         )
     # a bf16 or fp16 copy of the same base is the same base
-    wrong = [n for n, t in stored.items() if t.shape != state.base_gains[n].shape or far(t, state.base_gains[n])]
+    wrong = [n for n, t in stored.items() if n in own and (t.shape != own[n].shape or far(t, own[n]))]
     if wrong:
         raise InputError(
             f"{folder} belongs to another base: {len(wrong)} of {len(stored)} norms differ, first {wrong[0]};\n"
@@ -209,10 +220,11 @@ def remove_adapter(model: nn.Module) -> None:
         return
     state = tuning(model)
     remove_lora(model, state)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters(model).items():
         if name in originals:
             parameter.data = originals[name].to(parameter.device)
-            parameter.requires_grad_(False)
+            state.origin.pop(name, None)
+            state.base.pop(name, None)
     state.tuned = [n for n in state.tuned if n not in originals]
     match_precision(model, state)
 
@@ -220,14 +232,14 @@ def remove_adapter(model: nn.Module) -> None:
 def survival(model: nn.Module, dtype: torch.dtype) -> Survival:
     """What of the tuned gains would be left after rounding to `dtype`."""
     state = tuning(model)
-    parameters = {plain(n): p for n, p in model.named_parameters()}
-    tuned = {plain(n) for n in state.tuned} & state.base_gains.keys()
+    present, gains = parameters(model), base_gains(model)
+    tuned = [n for n in state.tuned if n in gains]
     moved = kept = 0
     lost_square = change_square = 0.0
     for name in tuned:
-        base = state.base_gains[name].double()
-        gain = parameters[name].detach().cpu().double()
-        rounded = parameters[name].detach().cpu().to(dtype).double()
+        base = gains[name].double()
+        gain = present[name].detach().cpu().double()
+        rounded = present[name].detach().cpu().to(dtype).double()
         moved += int((gain != base).sum())
         kept += int(((gain != base) & (rounded != base.to(dtype).double())).sum())
         lost_square += float((rounded - gain).square().sum())

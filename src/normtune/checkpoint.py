@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from normtune.adapter import plain, put_tensors
+from normtune.adapter import put_tensors
 from normtune.errors import InputError
 from normtune.recipe import Recipe, load_recipe
 from normtune.runlog import Run, atomic_folder, read_json, write_json
-from normtune.strategy import is_lora, tuning
+from normtune.strategy import is_lora, plain, tuning
 
 FORMAT = 1
 
@@ -50,7 +50,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     state = tuning(model)
     tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
-        if name in state.tuned or parameter.requires_grad:
+        if plain(name) in state.tuned or parameter.requires_grad:
             tensors["p." + plain(name)] = parameter.detach().cpu().contiguous()
         moments = optimizer.state.get(parameter)
         if moments and "exp_avg" in moments:

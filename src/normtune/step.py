@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,38 +20,44 @@ from torch import nn
 
 from normtune.errors import InputError, JobError
 from normtune.recipe import Stage
-from normtune.strategy import Report, tuning
+from normtune.strategy import GAIN_PARTS, Movement, check_step_size, parameter_groups, tuning
 
 GUARD_STEPS = 10  # a gain that trains at all has moved by then
 
 
-def check_rates(stage: Stage, parts: set[str]) -> None:
-    """Raises InputError for a learning rate of a part that the stage does not train."""
-    unknown = sorted(set(stage.learning_rates) - parts)
-    if unknown:
-        raise InputError(
-            f"stage {stage.name}: learning_rates names {', '.join(unknown)}, which strategy {stage.strategy} does not "
-            f"train; it trains {', '.join(sorted(parts))}"
-        )
+def check_rates(stage: Stage, parts: Mapping[str, list[nn.Parameter]]) -> None:
+    """Checks the rates of a stage against the parts that it will train (from `strategy.check`).
+
+    Raises:
+        InputError: a learning rate or weight decay of a part that the stage does not train, or a rate whose steps
+            would be rounded away in fp32.
+    """
+    for key, values in (("learning_rates", stage.learning_rates), ("weight_decays", stage.weight_decays)):
+        if unknown := sorted(set(values) - parts.keys()):
+            raise InputError(
+                f"stage {stage.name}: {key} names {', '.join(unknown)}, which strategy {stage.strategy} does not "
+                f"train; it trains {', '.join(sorted(parts))}"
+            )
+    groups = [
+        {"part": part, "params": members, "lr": stage.learning_rates.get(part, stage.learning_rate)}
+        for part, members in parts.items()
+    ]
+    try:
+        check_step_size(groups, torch.float32)
+    except InputError as error:
+        raise InputError(f"stage {stage.name}: {error}") from None
 
 
-def make_optimizer(model: nn.Module, stage: Stage, report: Report) -> torch.optim.AdamW:
-    """AdamW with a group per part and decay; no decay on gains and biases (one-dimensional tensors)."""
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if name in report.part_of:
-            groups.setdefault((report.part_of[name], parameter.dim() > 1), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak": stage.learning_rates.get(part, stage.learning_rate),
-                "weight_decay": stage.weight_decay if decays else 0.0,
-            }
-            for (part, decays), parameters in groups.items()
-        ],
-        lr=stage.learning_rate,
+def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
+    """AdamW with a group per part and decay (see `parameter_groups`); `peak` is the rate that the schedule scales."""
+    groups = parameter_groups(
+        model,
+        stage.learning_rate,
+        learning_rates=stage.learning_rates,
+        weight_decay=stage.weight_decay,
+        weight_decays=stage.weight_decays,
     )
+    return torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups], lr=stage.learning_rate)
 
 
 def schedule(stage: Stage, step: int, total: int) -> float:
@@ -141,36 +147,35 @@ def supervised_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
     )
 
 
-class Movement:
-    """What share of the trainable norm gains differs from the base's."""
+class Guard:
+    """Measures the movement of the trainable tensors now and then, and stops a run whose gains stay where they are."""
 
-    def __init__(self, model: nn.Module, report: Report) -> None:
-        base = tuning(model).base_gains
-        named = [(n, p) for n, p in model.named_parameters() if n in report.part_of and n in base]
-        self.pairs = [(p, base[n].to(p.device)) for n, p in named]
-        self.last: dict[str, float] = {}
+    def __init__(self, model: nn.Module, stage: Stage, total: int) -> None:
+        self.movement, self.stage, self.total = Movement(model), stage, total
+        self.warm = max(math.ceil(stage.warmup_ratio * total), GUARD_STEPS)
+        self.last: dict[str, dict[str, float]] = {}
 
-    def measure(self, step: int, total: int) -> dict[str, float]:
-        """`moved` (percent) and `max_change`, every tenth step; empty where no gain trains."""
-        if not self.pairs or (step % 10 and step + 1 != total):
-            return {}
-        count = sum(p.numel() for p, _ in self.pairs)
-        moved = sum(int((p.detach() != start).sum()) for p, start in self.pairs)
-        most = max(float((p.detach() - start).abs().max()) for p, start in self.pairs)
-        self.last = {"moved": round(100 * moved / count, 3), "max_change": round(most, 7)}
-        return self.last
+    def measure(self, step: int, record: dict[str, Any]) -> None:
+        """Adds `moved` (percent, over norms), `max_change` and `movement` by part to the step's record.
 
-    def guard(self, step: int, stage: Stage) -> None:
-        """Stops a run whose gains do not move.
-
-        Raises:
-            JobError: after the warm-up not one gain differs from its start.
+        Every tenth step, at the end of the warm-up and at the last step (`step` counts from 1).
         """
-        if step >= GUARD_STEPS and self.last.get("moved") == 0.0:
-            raise JobError(
-                f"{stage.name}: after {step} steps not one gain has moved; "
-                f"learning_rate {stage.learning_rate:g} is below what fp32 can add: raise it"
-            )
+        if step % 10 and step not in (self.warm, self.total):
+            return
+        self.last = self.movement.measure()
+        record["movement"] = self.last
+        gains = [values for part, values in self.last.items() if part in GAIN_PARTS]
+        if not gains:
+            return
+        record["moved"] = min(values["moved"] for values in gains)
+        record["max_change"] = max(values["max_change"] for values in gains)
+
+    def check(self, step: int, record: dict[str, Any]) -> None:
+        """Raises JobError if after the warm-up not one gain differs from the base's."""
+        if step >= self.warm and record.get("max_change") == 0.0:
+            still = record["grad_norm"] == 0.0
+            cause = "their gradients are zero: nothing supervised depends on them" if still else "raise learning_rate"
+            raise JobError(f"{self.stage.name}: after {step} steps not one gain has moved; {cause}")
 
 
 def note_of(record: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ from normtune.errors import InputError, NormtuneError
 from normtune.progress import Bar, say
 from normtune.recipe import Recipe, Stage, load_recipe, override_texts, parse_interval, recipe_hash, to_yaml
 from normtune.runlog import Run
-from normtune.step import Movement, check_rates, make_optimizer, note_of, take_step
+from normtune.step import Guard, check_rates, make_optimizer, note_of, take_step
 from normtune.strategy import Report, apply, check, tuning
 from normtune.tuned import build, open_tuned
 
@@ -170,7 +170,7 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     torch.manual_seed(recipe.seed)
     model, processor = build(recipe.model, recipe.seed)
     for stage in recipe.stages:
-        check_rates(stage, check(model, stage.strategy))
+        check_rates(stage, check(model, stage.strategy, stage.lora.targets))
     mixtures = [Mixture(stage.data) for stage in recipe.stages]
     if recipe.start_from is not None:
         finished_first_stage(recipe, Path(recipe.start_from))
@@ -253,8 +253,7 @@ def recover(loop: Loop, resume: bool) -> tuple[int, int]:
 
 
 def apply_stage(loop: Loop, stage: Stage) -> Report:
-    options = {"rank": stage.lora.rank, "alpha": stage.lora.alpha, "dropout": stage.lora.dropout}
-    return apply(loop.model, stage.strategy, seed=loop.recipe.seed, **options)  # type: ignore[arg-type]
+    return apply(loop.model, stage.strategy, seed=loop.recipe.seed, **stage.lora.model_dump())
 
 
 def run_stage(loop: Loop, index: int, first_step: int) -> Report:
@@ -266,7 +265,8 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     collator = Collator(loop.processor, stage.max_length)
     per_epoch, total = steps_of(stage, mixture)
     earlier = sum(steps_of(s, m)[1] for s, m in zip(loop.recipe.stages[:index], loop.mixtures, strict=False))
-    optimizer = make_optimizer(loop.model, stage, report)
+    optimizer = make_optimizer(loop.model, stage)
+    describe_groups(loop, optimizer)
     if first_step:
         path = loop.run.checkpoints / f"{stage.name}-{first_step}"
         load_optimizer(loop.model, optimizer, read_tensors(path), first_step)
@@ -278,7 +278,7 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     loop.log(
         {"event": "start", "stage": stage.name, "step": first_step, "steps": total, "parameters": report.parameters}
     )
-    movement = Movement(loop.model, report)
+    guard = Guard(loop.model, stage, total)
     loop.model.train()
 
     def batches(step: int) -> list[dict[str, torch.Tensor]]:
@@ -298,14 +298,14 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
             assert ahead is not None
             ready, ahead = ahead.result(), pool.submit(batches, step + 1) if step + 1 < total else None
             record = take_step(loop.accelerator, model, optimizer, ready, stage, step, total)
-            record.update(movement.measure(step, total))
+            guard.measure(step + 1, record)
             loop.log({"stage": stage.name, "step": step + 1, **record}, step=earlier + step + 1)
             bar.update(step + 1, note_of(record))
-            movement.guard(step + 1, stage)
+            guard.check(step + 1, record)
             keep_safe(loop, optimizer, index, step + 1, total)
     if stage.checkpoint_activations:
         loop.model.gradient_checkpointing_disable()  # type: ignore[operator]
-    loop.log({"event": "stage end", "stage": stage.name, "data": dict(collator.counts), **movement.last})
+    loop.log({"event": "stage end", "stage": stage.name, "data": dict(collator.counts), "movement": guard.last})
     return report
 
 
@@ -322,6 +322,17 @@ def describe(loop: Loop, stage: Stage, report: Report) -> None:
         f"{stage.name}: {report.strategy} trains {report.parameters:,} of {report.total:,} parameters "
         f"({report.percent:.4g} %, {report.bytes / 2**20:.2f} MiB in fp32): {parts}{skipped}"
     )
+    for note in report.notes:
+        loop.say(f"  {note}")
+
+
+def describe_groups(loop: Loop, optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        size = sum(p.numel() for p in group["params"])
+        loop.say(
+            f"  {group['part']}: {len(group['params'])} tensors, {size:,} values, learning rate {group['lr']:g}, "
+            f"weight decay {group['weight_decay']:g}"
+        )
 
 
 def keep_safe(loop: Loop, optimizer: torch.optim.Optimizer, index: int, step: int, total: int) -> None:

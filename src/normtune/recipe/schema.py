@@ -13,7 +13,7 @@ from normtune.errors import did_you_mean
 STRATEGIES = ("connector", "layernorm", "layernorm-simple", "attn-qv", "attn-mlp", "lora", "full")
 PARTS = (
     *("norms", "final_norm", "qk_norms", "vision_norms", "connector", "embed", "head"),
-    *("attn_qv", "mlp", "llm", "lora", "bias"),
+    *("attn_q", "attn_k", "attn_v", "attn_o", "attn_qv", "attn_qkv", "mlp", "llm", "lora", "bias"),
 )
 BENCHMARKS = ("pope", "mme", "vqav2", "coco", "flickr30k", "text")
 
@@ -60,6 +60,9 @@ class Lora(Node):
     rank: PositiveInt = Field(64, description="rank r of the update")
     alpha: Annotated[float, Field(gt=0)] = Field(128, description="scale: alpha / rank multiplies the update")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="dropout on the LoRA input")
+    targets: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="parts (attn_q, mlp, ...) or regex:PATTERN; default: every linear layer of the LLM's blocks"
+    )
 
 
 class Stage(Node):
@@ -79,6 +82,7 @@ class Stage(Node):
     warmup_ratio: Share = Field(0.03, description="share of the steps that warm up linearly")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     weight_decay: NonNegative = Field(0.0, description="AdamW's; never on gains and biases")
+    weight_decays: dict[str, NonNegative] = Field({}, description="weight decay by part")
     clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 is off")
     max_length: PositiveInt = Field(2048, description="tokens per sample, image tokens included")
     checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, slower")
@@ -94,7 +98,7 @@ class Stage(Node):
             for part in self.strategy:
                 if not part.startswith("regex:"):
                     check_name(part, PARTS, "part")
-        for part in self.learning_rates:
+        for part in (*self.learning_rates, *self.weight_decays, *(self.lora.targets or ())):
             if not part.startswith("regex:"):
                 check_name(part, PARTS, "part")
         return self

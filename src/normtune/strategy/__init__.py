@@ -1,0 +1,52 @@
+"""Strategies: which parts train. `apply(model, strategy)` freezes everything else and says what it did.
+
+Scope: the table of strategies (PAPER: Zhao et al., arXiv 2312.11420), lists of parts, fp32 trainable tensors on any
+base dtype, LoRA through PEFT. The only room with an opinion on strategies. Not here: where parts are (structure),
+how fp32 parameters run in a bf16 model (kernels), optimizers (step).
+
+`table` names of strategies and parts -> parameters; `state` what is known of a tuned model; `lora` LoRA through PEFT;
+`applying` the public verbs; `moving` what share of the trainable tensors an optimizer has moved.
+"""
+
+from normtune.strategy.applying import Report, apply, check, parameter_groups
+from normtune.strategy.lora import LORA_NAME, add_lora, is_lora, remove_lora
+from normtune.strategy.moving import Movement, check_step_size, movement
+from normtune.strategy.state import (
+    GAIN_PARTS,
+    Tuning,
+    base_gains,
+    hold_base,
+    mark_tuned,
+    match_precision,
+    parameters,
+    plain,
+    settle,
+    tuning,
+)
+from normtune.strategy.table import STRATEGIES, resolve
+
+__all__ = [
+    "GAIN_PARTS",
+    "LORA_NAME",
+    "STRATEGIES",
+    "Movement",
+    "Report",
+    "Tuning",
+    "add_lora",
+    "apply",
+    "base_gains",
+    "check",
+    "check_step_size",
+    "hold_base",
+    "is_lora",
+    "mark_tuned",
+    "match_precision",
+    "movement",
+    "parameter_groups",
+    "parameters",
+    "plain",
+    "remove_lora",
+    "resolve",
+    "settle",
+    "tuning",
+]

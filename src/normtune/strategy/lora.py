@@ -1,0 +1,91 @@
+"""The `lora` part: LoRA matrices beside linear layers of the blocks, through PEFT, in place.
+
+Source: Hu et al., arXiv 2106.09685; PEFT's `inject_adapter_in_model`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from normtune.errors import InputError, did_you_mean
+from normtune.strategy.state import Tuning, is_lora
+from normtune.structure import PART_NAMES, Anatomy
+
+LORA_NAME = "default"
+
+
+def lora_targets(found: Anatomy, targets: list[str] | None) -> list[str]:
+    """Names of the linear layers that LoRA adapts: all of the blocks, or those of `targets` (parts, regex:PATTERN).
+
+    Raises:
+        InputError: an unknown target, or one that holds no linear layer of the blocks.
+    """
+    if targets is None:
+        return list(found.linears)
+    chosen: dict[str, None] = {}
+    for target in targets:
+        if target.startswith("regex:"):
+            pattern = re.compile(target.removeprefix("regex:"))
+            names = [name for name in found.linears if pattern.search(name)]
+        elif target in PART_NAMES:
+            roots = found.modules(target)
+            names = [n for n in found.linears if any(n == root or n.startswith(root + ".") for root in roots)]
+        else:
+            raise InputError(
+                f"lora: unknown target {target!r}{did_you_mean(target, PART_NAMES)}; give parts such as attn_q or "
+                "mlp, or regex:PATTERN"
+            )
+        if not names:
+            raise InputError(f"lora: target {target!r} holds no linear layer of the blocks; leave out targets for all")
+        chosen.update(dict.fromkeys(names))
+    return [name for name in found.linears if name in chosen]
+
+
+def add_lora(model: nn.Module, state: Tuning, options: dict[str, Any]) -> None:
+    """Injects LoRA matrices (fp32) in place; identical ones that are there stay.
+
+    Args:
+        options: rank, alpha, dropout, seed (of the matrices A), and targets (None: every linear layer of the blocks).
+    """
+    if state.lora == options:
+        return
+    targets = lora_targets(state.anatomy, options.get("targets"))
+    remove_lora(model, state)
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=options["rank"],
+        lora_alpha=options["alpha"],
+        lora_dropout=options["dropout"],
+        target_modules=targets,
+        fan_in_fan_out=not isinstance(model.get_submodule(targets[0]), nn.Linear),  # GPT-2's transposed weights
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options["seed"])
+        inject_adapter_in_model(config, model, adapter_name=LORA_NAME)
+    for name, parameter in model.named_parameters():
+        if is_lora(name):
+            parameter.data = parameter.data.float()
+    for name in targets:
+        model.get_submodule(name).train(model.training)  # PEFT's layers come in train mode, with dropout
+    state.lora = options
+
+
+def remove_lora(model: nn.Module, state: Tuning) -> None:
+    """Takes the LoRA layers out again; their matrices are gone."""
+    if state.lora is None:
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name in state.anatomy.linears:
+        layer = model.get_submodule(name)
+        if isinstance(layer, LoraLayer):
+            model.set_submodule(name, layer.base_layer)  # type: ignore[arg-type]
+    for leftover in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(leftover, None)
+    state.lora = None

@@ -1,0 +1,196 @@
+"""What normtune knows about a model that it tunes: which tensors it made fp32, which of them changed, the base's gains.
+
+Names of parameters are plain here: without the level `base_layer` that PEFT puts between a layer and its weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from normtune.kernels import demote, promote
+from normtune.structure import Anatomy, dissect
+
+if TYPE_CHECKING:
+    from normtune.strategy.applying import Report
+
+GAIN_PARTS = ("norms", "final_norm", "qk_norms", "vision_norms")
+
+
+@dataclass
+class Tuning:
+    """The state of a tuned model; kept on the model as `_normtune`.
+
+    Attributes:
+        dtype: of the base's activations.
+        tuned: names of the parameters that an adapter must hold: trainable now, or changed earlier.
+        base: gains and biases of norms as they were before they became trainable or were overwritten, base's dtype.
+        origin: dtype in the base of every tensor that is fp32 because of us.
+        prints: fingerprint of each trainable tensor when it became trainable.
+        lora: options of the LoRA layers that are in the model.
+    """
+
+    anatomy: Anatomy
+    dtype: torch.dtype
+    tuned: list[str] = field(default_factory=list)
+    base: dict[str, torch.Tensor] = field(default_factory=dict)
+    origin: dict[str, torch.dtype] = field(default_factory=dict)
+    prints: dict[str, tuple[int, int]] = field(default_factory=dict)
+    report: Report | None = None
+    lora: dict[str, Any] | None = None
+
+
+def tuning(model: nn.Module) -> Tuning:
+    """The model's tuning state, made from its anatomy at the first call, before anything is tuned."""
+    state = vars(model).get("_normtune")
+    if state is None:
+        found = dissect(model)
+        embed = next(model.get_submodule(found.embed[0]).parameters())
+        floats = (p.dtype for name in found.norms for p in model.get_submodule(name).parameters())
+        dtype = embed.dtype if embed.dtype.is_floating_point else next(floats, torch.float32)
+        state = Tuning(found, dtype)
+        model._normtune = state  # type: ignore[assignment]
+    return state
+
+
+def plain(name: str) -> str:
+    """The name without the level that PEFT adds."""
+    return name.replace(".base_layer.", ".")
+
+
+def is_lora(name: str) -> bool:
+    """PEFT puts its matrices into modules of these names below the layer that it adapts."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's own parameters by plain name, tied ones once, without LoRA's matrices."""
+    return {plain(name): p for name, p in model.named_parameters() if not is_lora(name)}
+
+
+def count(parameter: torch.Tensor) -> int:
+    """How many weights a parameter holds; a 4-bit one packs two into a byte."""
+    quant = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quant is None else math.prod(quant.shape)
+
+
+def is_quantized(parameter: torch.Tensor) -> bool:
+    """Stored in 4 or 8 bits (bitsandbytes, GPTQ, fp8): no optimizer can change it."""
+    return parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def gain_names(model: nn.Module, found: Anatomy) -> dict[str, str]:
+    """Name of every gain and bias of a norm -> its part."""
+    return {
+        f"{root}.{key}": part
+        for part in GAIN_PARTS
+        for root in found.modules(part)
+        for key, _ in model.get_submodule(root).named_parameters()
+    }
+
+
+def hold_base(model: nn.Module, names: Iterable[str]) -> None:
+    """Keeps the present values of those of `names` that are gains, unless they are kept already.
+
+    Call it before they are overwritten. Costs a copy of fp32 gains only: one that becomes fp32 leaves its old tensor.
+    """
+    state, present = tuning(model), parameters(model)
+    gains = gain_names(model, state.anatomy)
+    for name in names:
+        if name in gains and name not in state.base:
+            value = present[name].detach()
+            state.base[name] = value.clone() if value.dtype == torch.float32 else value
+
+
+def base_gains(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base's own gains and biases of norms, fp32 on the CPU; those of the vision encoder where they were tuned."""
+    state, present = tuning(model), parameters(model)
+    return {
+        name: state.base.get(name, present[name]).detach().to("cpu", torch.float32, copy=True)
+        for name, part in gain_names(model, state.anatomy).items()
+        if (part != "vision_norms" or name in state.base) and not present[name].is_meta
+    }
+
+
+def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
+    """Two sums over the bits of an fp32 tensor: an optimizer's change shows, however it was written."""
+    if tensor.is_meta:
+        return 0, 0
+    bits = tensor.detach().reshape(-1).view(torch.int32)
+    return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))
+
+
+def changed(model: nn.Module, state: Tuning) -> list[str]:
+    """Of the tensors tuned so far, those whose values an optimizer, a checkpoint or an adapter has changed."""
+    present = parameters(model)
+    return [
+        name
+        for name in state.tuned
+        if name in present and (name not in state.prints or fingerprint(present[name]) != state.prints[name])
+    ]
+
+
+def mark_tuned(model: nn.Module, names: Iterable[str]) -> None:
+    """Counts parameters as changed, whatever their values: they were read from a checkpoint or an adapter."""
+    state, wanted = tuning(model), set(names)
+    for name in wanted:
+        state.prints.pop(name, None)
+    state.tuned = [name for name in parameters(model) if name in wanted or name in state.tuned]
+
+
+def set_trainable(model: nn.Module, state: Tuning, names: Collection[str]) -> None:
+    """fp32 and trainable for `names` (as the model has them); the rest frozen, as in the base unless it was changed."""
+    state.tuned = changed(model, state)
+    hold_base(model, [plain(name) for name in names])
+    for name, parameter in model.named_parameters():
+        key = plain(name)
+        parameter.requires_grad_(False)
+        parameter.grad = None
+        if name in names:
+            to_float32(state, key, parameter)
+            if key not in state.tuned and not is_lora(name):
+                state.prints[key] = fingerprint(parameter)
+            parameter.requires_grad_(True)
+        elif key not in state.tuned:
+            to_base(state, key, parameter)
+    kept = {*state.tuned, *(plain(name) for name in names)}
+    state.tuned = [name for name in parameters(model) if name in kept]
+    match_precision(model, state)
+
+
+def to_float32(state: Tuning, name: str, parameter: nn.Parameter) -> None:
+    if parameter.dtype != torch.float32:
+        if not is_lora(name):
+            state.origin[name] = parameter.dtype
+        parameter.data = parameter.data.float()
+
+
+def to_base(state: Tuning, name: str, parameter: nn.Parameter) -> None:
+    """Undoes `to_float32` and `hold_base` of a tensor that nobody changed."""
+    held, dtype = state.base.pop(name, None), state.origin.pop(name, None)
+    state.prints.pop(name, None)
+    if dtype is not None:
+        parameter.data = parameter.data.to(dtype) if held is None else held.to(parameter.device)
+
+
+def settle(model: nn.Module) -> None:
+    """Freezes everything; tensors that nobody changed get the base's dtype and forward again."""
+    set_trainable(model, tuning(model), ())
+
+
+def match_precision(model: nn.Module, state: Tuning) -> None:
+    """Lets every module that holds tensors which became fp32 compute in the base's dtype; the others as they were."""
+    norms = {name for part in GAIN_PARTS for name in state.anatomy.modules(part)}
+    # by identity: a tied tensor has one name and two modules
+    origin = {id(p): state.origin[name] for name, p in parameters(model).items() if name in state.origin}
+    for name, module in model.named_modules():
+        raised = [origin[id(p)] for p in module.parameters(recurse=False) if id(p) in origin]
+        if raised:
+            promote(module, raised[0], is_norm=name in norms)
+        else:
+            demote(module)

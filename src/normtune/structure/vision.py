@@ -1,0 +1,74 @@
+"""What is beside the LLM: vision encoders, connectors, and layers that never train."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from normtune.structure.blocks import features, is_linear, mixes_positions, named
+
+
+def find_vision(
+    model: nn.Module, llm: str, head: nn.Module | None, width: int
+) -> tuple[list[str], list[str], list[str]]:
+    """(vision encoders, connectors, loose parameters such as the line break of tiled images).
+
+    They are the modules beside the way from the root to the LLM: encoders and, all others, connectors. Where there
+    is no such connector, the last stage of an encoder that maps to the LLM's width is one.
+    """
+    beside: dict[str, nn.Module] = {}
+    loose: list[str] = []
+    owner_name = ""
+    for step in llm.split(".") if llm else []:
+        owner = model.get_submodule(owner_name)
+        loose += [f"{owner_name}.{key}" if owner_name else key for key, _ in owner.named_parameters(recurse=False)]
+        for child_name, child in owner.named_children():
+            name = f"{owner_name}.{child_name}" if owner_name else child_name
+            if child_name == step or child is head or not any(True for _ in child.parameters()):
+                continue
+            beside[name] = child
+        owner_name = f"{owner_name}.{step}" if owner_name else step
+    encoders = find_encoders(beside)
+    connector = [name for name in beside if name not in encoders]
+    if connector:
+        return encoders, connector, loose
+    vision = []
+    for root in encoders:
+        children = [(f"{root}.{key}", child) for key, child in model.get_submodule(root).named_children()]
+        inner = [name for name, child in children if maps_to(child, width)]
+        connector += inner
+        weighted = [name for name, child in children if name not in inner and any(True for _ in child.parameters())]
+        vision += weighted if inner else [root]
+    return vision, connector, loose
+
+
+def find_encoders(beside: dict[str, nn.Module]) -> list[str]:
+    """Those with layers and a convolution over patches; where none convolves, the largest one with layers."""
+    layered = {
+        name: module
+        for name, module in beside.items()
+        if any(isinstance(m, nn.ModuleList | nn.Sequential) for m in module.modules())
+    }
+    found = [n for n, m in layered.items() if any(isinstance(c, nn.Conv2d | nn.Conv3d) for c in m.modules())]
+    if found or not layered:
+        return found
+    return [max(layered, key=lambda name: sum(p.numel() for p in layered[name].parameters()))]
+
+
+def maps_to(module: nn.Module, width: int) -> bool:
+    """Whether a module without attention or convolution ends in a linear layer to `width`."""
+    inside = list(module.modules())
+    linears = [m for m in inside if is_linear(m)]
+    others = any(mixes_positions(m) or isinstance(m, nn.modules.conv._ConvNd) for m in inside)
+    return bool(linears) and not others and features(linears[-1])[1] == width
+
+
+def constant_modules(model: nn.Module, connector: list[str]) -> list[str]:
+    """Second layer of a LLaVA connector without an activation: two linear maps in a row are one: it stays as it is."""
+    config = getattr(model, "config", None)
+    if getattr(config, "projector_hidden_act", None) != "linear":
+        return []
+    return [
+        names[-1]
+        for root in connector
+        if len(names := [n for n, m in named(model.get_submodule(root), root) if isinstance(m, nn.Linear)]) == 2
+    ]
