@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from normtune import runlog
-from normtune.adapter import load_adapter, merge, remove_adapter, save_adapter, survival
+from normtune.adapter import Adapter, load_adapter, merge, remove_adapter, save_adapter, set_adapter, survival
 from normtune.errors import InputError, JobError
 from normtune.strategy import apply
 from stubs import inputs, llava, text_model
@@ -100,11 +103,26 @@ def test_bf16_copy_of_the_same_base_is_accepted(tmp_path: Path) -> None:
     load_adapter(llava().bfloat16(), tmp_path / "a")
 
 
-@pytest.mark.parametrize("what", ["nothing", "json", "format", "tensors", "no tensors"])
+@pytest.mark.parametrize(
+    "what", ["nothing", "json", "list", "format", "tensors", "no tensors", "integers", "lora", "lora options"]
+)
 def test_damaged_adapter(what: str, tmp_path: Path) -> None:
-    folder = save_adapter(tuned("layernorm-simple", torch.float32), tmp_path / "a")
+    folder = save_adapter(tuned(["norms", "lora"], torch.float32), tmp_path / "a")
+    model = llava()
+    before = facts(model)
     if what == "nothing":
         folder = tmp_path / "nowhere"
+    elif what == "list":
+        (folder / "adapter.json").write_text("[1]")
+    elif what == "integers":
+        save_file({"a": torch.ones(2, dtype=torch.int32)}, folder / "adapter.safetensors")
+    elif what == "lora":
+        weights = load_file(folder / "lora" / "adapter_model.safetensors")
+        weights.pop(next(iter(weights)))
+        save_file(weights, folder / "lora" / "adapter_model.safetensors")
+    elif what == "lora options":
+        record = json.loads((folder / "adapter.json").read_text())
+        (folder / "adapter.json").write_text(json.dumps({**record, "lora": {"rank": 4}}))
     elif what == "json":
         (folder / "adapter.json").write_text('{"format": 1,\n oops')
     elif what == "format":
@@ -115,8 +133,168 @@ def test_damaged_adapter(what: str, tmp_path: Path) -> None:
     else:
         (folder / "adapter.safetensors").unlink()
     with pytest.raises(InputError) as error:
-        load_adapter(llava(), folder)
+        load_adapter(model, folder)
     assert str(folder) in str(error.value) and len(str(error.value).splitlines()) <= 3
+    assert_same(model, before)
+
+
+def facts(model: Any) -> dict[str, Any]:
+    """Everything that an adapter may not leave behind: values, dtypes, forwards, modules."""
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    forwards = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    return {"state": state, "forwards": forwards, "modules": [name for name, _ in model.named_modules()]}
+
+
+def assert_same(model: Any, before: dict[str, Any]) -> None:
+    now = facts(model)
+    assert now["forwards"] == before["forwards"] and now["modules"] == before["modules"]
+    assert now["state"].keys() == before["state"].keys()
+    for name, tensor in now["state"].items():
+        assert tensor.dtype == before["state"][name].dtype and torch.equal(tensor, before["state"][name]), name
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@DTYPES
+@pytest.mark.parametrize("strategy", CASES, ids=str)
+def test_untrained_strategy_leaves_nothing_behind(strategy: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """apply, load, remove: the base again, bit by bit."""
+    base = llava().to(dtype)
+    before, wanted = facts(base), logits(base)
+    save_adapter(tuned("layernorm-simple", dtype), tmp_path / "a")
+    apply(base, strategy, rank=4)
+    load_adapter(base, tmp_path / "a")
+    assert not any(p.requires_grad for p in base.parameters())
+    remove_adapter(base)
+    if "lora" not in strategy:  # LoRA that was applied comes back, untrained
+        assert_same(base, before)
+    assert torch.equal(logits(base), wanted)
+
+
+PAIRS = [
+    ("layernorm-simple", "layernorm-simple"),
+    ("layernorm-simple", ["norms", "connector"]),
+    (["final_norm"], "layernorm"),
+    ("attn-qv", ["vision_norms"]),
+    ("layernorm-simple", "lora"),
+    (["norms", "lora"], "lora"),
+]
+
+
+@DTYPES
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_switching(pair: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    wanted = {}
+    for name, strategy, rate in zip("ab", pair, (1e-2, 2e-2), strict=True):
+        model = tuned(strategy, dtype, rate)
+        save_adapter(model, tmp_path / name)
+        wanted[name] = logits(model)
+    base = llava().to(dtype)
+    before = facts(base)
+    wanted[None] = logits(base)
+    for name in "ab":
+        load_adapter(base, tmp_path / name, name)
+        assert torch.equal(logits(base), wanted[name])
+    for name in ("a", None, "b", "a", "b", None, "a"):
+        set_adapter(base, name)
+        assert torch.equal(logits(base), wanted[name]), name
+        if name is None:
+            assert_same(base, before)
+    remove_adapter(base)
+    assert_same(base, before)
+
+
+@DTYPES
+def test_switching_moves_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The adapters' tensors stay where they are, and so does every other one, also back to the base."""
+    for name, rate in (("a", 1e-2), ("b", 2e-2)):
+        save_adapter(tuned("layernorm-simple", dtype, rate), tmp_path / name)
+    model = llava().to(dtype)
+    places = {n: p.data_ptr() for n, p in model.named_parameters()}
+    load_adapter(model, tmp_path / "a", "a")
+    trained = Adapter.read(tmp_path / "a").tensors
+    loaded = {n: p.data_ptr() for n, p in model.named_parameters()}
+    load_adapter(model, tmp_path / "b", "b")
+    set_adapter(model, "a")
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == loaded
+    assert all(loaded[n] == places[n] for n in places if n not in trained)
+    set_adapter(model, None)
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == places
+
+
+@DTYPES
+@pytest.mark.parametrize("strategy", ["layernorm", ["norms", "final_norm"], "lora"], ids=str)
+def test_own_training_comes_back(strategy: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    """An adapter takes the place of what was trained on the model itself, and gives it back."""
+    save_adapter(tuned("layernorm-simple", dtype), tmp_path / "a")
+    fresh = llava().to(dtype)
+    load_adapter(fresh, tmp_path / "a")
+    model = tuned(strategy, dtype, 3e-2)
+    own = facts(model)
+    wanted = logits(model)
+    load_adapter(model, tmp_path / "a")
+    gains = Adapter.read(tmp_path / "a").base
+    for name, parameter in fresh.named_parameters():  # gains: base + adapter, whatever was trained
+        if name in gains:
+            assert torch.equal(dict(model.named_parameters())[name], parameter)
+    remove_adapter(model)
+    assert_same(model, own)
+    assert torch.equal(logits(model), wanted)
+    save_adapter(model, tmp_path / "own")
+    again = llava().to(dtype)
+    load_adapter(again, tmp_path / "own")
+    assert torch.equal(logits(again), wanted)
+
+
+def test_training_in_an_adapter_is_not_lost_unsaid(tmp_path: Path) -> None:
+    save_adapter(tuned("layernorm-simple", torch.float32), tmp_path / "a")
+    model = llava()
+    load_adapter(model, tmp_path / "a", "a")
+    apply(model, "layernorm-simple")
+    load_adapter(model, tmp_path / "a", "b")  # nothing was trained yet
+    apply(model, "layernorm-simple")
+    train_steps(model, 1)
+    for switch in (lambda: set_adapter(model, "a"), lambda: load_adapter(model, tmp_path / "a", "c")):
+        with pytest.raises(InputError, match=r"(?s)'b' was trained.*layers\.0.*save_adapter"):
+            switch()
+    save_adapter(model, tmp_path / "more")
+    base = Adapter.read(tmp_path / "more").base
+    assert all(torch.equal(base[n], t) for n, t in Adapter.read(tmp_path / "a").base.items())
+    remove_adapter(model)
+    assert torch.equal(logits(model), logits(llava()))
+
+
+def test_names_of_adapters(tmp_path: Path) -> None:
+    model = llava()
+    remove_adapter(model)  # nothing to remove, nothing happens
+    with pytest.raises(InputError, match=r"no adapter 'a' in the model; none is loaded"):
+        set_adapter(model, "a")
+    for name, rate in (("first", 1e-2), ("second", 2e-2)):
+        save_adapter(tuned("layernorm-simple", torch.float32, rate), tmp_path / name)
+        load_adapter(model, tmp_path / name, name)
+    for verb in (set_adapter, remove_adapter):
+        with pytest.raises(InputError, match=r"no adapter 'secnd'.*did you mean 'second'.*first, second"):
+            verb(model, "secnd")
+    second = logits(model)
+    remove_adapter(model, "first")
+    assert torch.equal(logits(model), second)
+    load_adapter(model, tmp_path / "first", "second")  # the name is taken over
+    assert not torch.equal(logits(model), second)
+    remove_adapter(model, "second")
+    assert torch.equal(logits(model), logits(llava()))
+    assert "_normtune_adapters" not in vars(model)
+
+
+def test_switched_model_is_copied_whole(tmp_path: Path) -> None:
+    save_adapter(tuned("layernorm-simple", torch.bfloat16), tmp_path / "a")
+    model = llava().bfloat16()
+    load_adapter(model, tmp_path / "a", "a")
+    other = copy.deepcopy(model)
+    set_adapter(model, None)
+    assert not torch.equal(logits(other), logits(model))
+    set_adapter(other, None)
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_merge_refuses_what_bf16_rounds_away() -> None:
@@ -148,6 +326,66 @@ def test_forced_merge_rounds() -> None:
     apply(model, "layernorm-simple")
     train_steps(model, 1, 1e-5)
     assert merge(model, force=True).differing < 0.5
+
+
+@pytest.mark.parametrize(("scale", "least", "most"), [(1e-6, 0.1, 0.4), (1e-3, 0.99, 1.01)], ids=["small", "large"])
+def test_lora_in_bf16(scale: float, least: float, most: float) -> None:
+    """What is said to be kept of LoRA is what the merged weights keep of it, computed by hand."""
+    model = llava().bfloat16()
+    apply(model, ["lora"], rank=4)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=scale)
+    layers = {name: model.get_submodule(name) for name in vars(model)["_normtune"].anatomy.linears}
+    before = {
+        n: (layer.base_layer.weight.float(), layer.get_delta_weight("default").detach()) for n, layer in layers.items()
+    }
+    if least < 0.9:
+        with pytest.raises(JobError, match=r"of the LoRA update is kept(?s:.*)float32"):
+            merge(model)
+    result = merge(model, force=True)
+    assert result.gains == 0 and result.lora is not None and least <= result.lora <= most
+    kept = whole = 0.0
+    for name, (weight, change) in before.items():
+        kept += float(((model.get_submodule(name).weight.float() - weight) * change).sum())
+        whole += float(change.square().sum())
+    assert result.lora == pytest.approx(kept / whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-1], ids=["small", "large"])
+def test_other_tensors_of_a_loaded_adapter_must_survive_too(rate: float, tmp_path: Path) -> None:
+    save_adapter(tuned("connector", torch.bfloat16, rate), tmp_path / "a")
+    model = llava().bfloat16()
+    load_adapter(model, tmp_path / "a")
+    result = survival(model, torch.bfloat16)
+    assert result.gains == 0 and result.lora is None and result.rest is not None
+    assert survival(model, torch.float32).rest == pytest.approx(1)
+    if rate < 1e-3:
+        assert result.rest < 0.5
+        with pytest.raises(JobError, match="of the other tensors is kept"):
+            merge(model)
+    else:
+        assert merge(model).rest == result.rest > 0.95
+        assert "_normtune_adapters" not in vars(model)
+
+
+def quantized(model: Any) -> str:
+    """Makes one attention weight look as bitsandbytes' int8 ones do; returns its name."""
+    name = "model.language_model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(name)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    return name + ".weight"
+
+
+def test_quantized_base(tmp_path: Path) -> None:
+    save_adapter(tuned("attn-qv", torch.float32), tmp_path / "a")
+    model = llava()
+    name = quantized(model)
+    with pytest.raises(InputError, match=rf"{name} is quantized.*bfloat16"):
+        load_adapter(model, tmp_path / "a")
+    with pytest.raises(InputError, match=rf"(?s)quantized.*{name}.*bfloat16"):
+        merge(model)
 
 
 def test_nothing_tuned_and_existing_folder(tmp_path: Path) -> None:
