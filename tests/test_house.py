@@ -16,9 +16,9 @@ SOURCE = ROOT / "src" / "normtune"
 RANKS = {
     "errors": -1,
     **dict.fromkeys(("recipe", "structure", "chat", "kernels", "tasks", "runlog", "progress", "images"), 0),
-    **dict.fromkeys(("data", "model", "pretrained", "probes", "templates"), 1),
+    **dict.fromkeys(("data", "model", "pretrained", "probes", "templates", "skeletons"), 1),
     "strategy": 2,
-    **dict.fromkeys(("adapter", "step", "tuned", "checkpoint"), 3),
+    **dict.fromkeys(("adapter", "step", "tuned", "checkpoint", "accounting"), 3),
     **dict.fromkeys(("training", "evaluation", "world"), 4),
     **dict.fromkeys(("cli", "__init__"), 5),
     "__main__": 6,
@@ -28,6 +28,7 @@ WITHIN = {
     "model": {"pretrained", "probes", "templates"},
     "probes": {"pretrained"},
     "templates": {"pretrained"},
+    "skeletons": {"model", "pretrained"},
     "tuned": {"adapter"},
     "checkpoint": {"adapter"},
 }

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from normtune.adapter import load_adapter, read_adapter
 from normtune.errors import InputError
 from normtune.model import assemble, load
-from normtune.pretrained import locate, read_config
 from normtune.recipe import ModelRecipe, Recipe, load_recipe
 
 
@@ -72,19 +69,3 @@ def open_tuned(path: str | Path, *, force: bool = False) -> Tuned:
         )
     model, processor = load(str(path), dtype="float32")
     return Tuned(model, processor)
-
-
-def skeleton(reference: str) -> nn.Module:
-    """A model of the right shapes on the meta device, from its config alone: an MLLM or a causal LLM.
-
-    Raises:
-        InputError: no such folder or hub id, or a config of neither kind.
-    """
-    source = locate(reference, "model", weights=False)
-    config = read_config(source, "model")
-    kinds = (AutoModelForImageTextToText, AutoModelForCausalLM)
-    kind = next((k for k in kinds if type(config) in k._model_mapping), None)
-    if kind is None:
-        raise InputError(f"model {reference} ({config.model_type}) is neither a causal LLM nor takes images and text")
-    with torch.device("meta"):
-        return kind.from_config(config)  # type: ignore[no-any-return]

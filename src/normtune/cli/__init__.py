@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import normtune
-from normtune.cli import chat, demo, evaluate, export, init, norms, train
+from normtune.cli import chat, demo, evaluate, export, init, norms, plan, train
 from normtune.errors import NormtuneError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("norms")(norms.norms)
+app.command("plan")(plan.plan)
 app.command("chat")(chat.chat)
 app.command("merge")(export.merge)
 app.command("export")(export.export)

@@ -10,8 +10,11 @@ from typing import Any
 
 def quiet_libraries() -> None:
     """Keeps transformers' loading bars and hints off the terminal; our own progress is enough."""
+    import logging
+
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels it has not
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

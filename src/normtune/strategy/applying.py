@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from normtune.errors import InputError
+from normtune.kernels import is_quantized
 from normtune.strategy.lora import add_lora, lora_targets, remove_lora
-from normtune.strategy.state import GAIN_PARTS, Tuning, count, gain_names, is_quantized, plain, set_trainable, tuning
+from normtune.strategy.state import GAIN_PARTS, Tuning, count, gain_names, plain, set_trainable, tuning
 from normtune.strategy.table import resolve, select
 from normtune.structure import formulas
 

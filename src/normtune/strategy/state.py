@@ -79,11 +79,6 @@ def count(parameter: torch.Tensor) -> int:
     return parameter.numel() if quant is None else math.prod(quant.shape)
 
 
-def is_quantized(parameter: torch.Tensor) -> bool:
-    """Stored in 4 or 8 bits (bitsandbytes, GPTQ, fp8): no optimizer can change it."""
-    return parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
 def gain_names(model: nn.Module, found: Anatomy) -> dict[str, str]:
     """Name of every gain and bias of a norm -> its part."""
     return {
