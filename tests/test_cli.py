@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import OlmoConfig
 
 from command import run
 from normtune.recipe import load_recipe
+from stubs import text_config, vision_config
 from toys import toy_data, toy_recipe
 
 
@@ -120,6 +122,64 @@ def test_chat_export_merge_norms(recipe: dict[str, Any], here: Path, capsys: pyt
     text = capsys.readouterr().out
     parts = json.loads(text[text.index("{") :])["parts"]
     assert parts["norms"]["modules"] == 4 and parts["connector"]["modules"] == 1
+
+
+@pytest.fixture
+def configs(here: Path) -> Path:
+    """Configs alone, as they lie in a model folder before its weights are downloaded."""
+    text_config("qwen3").save_pretrained(here / "llm")
+    OlmoConfig(num_hidden_layers=2).save_pretrained(here / "gainless")
+    vision_config().save_pretrained(here / "vision")
+    return here
+
+
+def test_norms_from_a_config_alone(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("norms", "llm") == 0
+    table = capsys.readouterr().out
+    assert "rms*g, eps 1e-06" in table and "self_attn.q_norm" in table and "512 B" in table
+    assert run("norms", "llm", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parts"]["norms"]["modules"] == 4 and found["parts"]["norms"]["bytes"] == 4 * 32 * 4
+    assert found["parts"]["qk_norms"]["modules"] == 4 and found["blocks"] == 2
+
+
+def test_plan_from_configs_alone(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = ["--llm", "llm", "--vision", "vision", "--connector", "linear"]
+    assert run("plan", *parts, "--parameters") == 0
+    text = capsys.readouterr().out
+    assert "layernorm-simple" in text and "vision encoder" in text and "for LoRA its matrices" in text
+    assert run("plan", *parts, "--compare", "lora,norms+final_norm,qk_norms", "--lora-rank", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    lora, norms, qk = found["plans"]
+    assert lora["strategy"] == "lora (r = 2)" and norms["trainable_parameters"] == 5 * 32
+    assert qk["trainable_parameters"] == 4 * 8 and qk["trainable_bytes"] == 4 * 4 * 8
+    total = sum(found["denominator"].values())
+    assert (
+        norms["total_parameters"] == total < lora["total_parameters"] and found["denominator"]["connector"] == 32 * 33
+    )
+    assert run("plan", "--llm", "llm", "--compare", "layernorm") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["norms", "gainless"], ["OlmoForCausalLM", "attn-qv, attn-mlp, lora, full"]),
+        (["plan", "--llm", "gainless", "--compare", "layernorm"], ["no norm with a learned gain", "attn-mlp"]),
+        (["plan"], ["--llm"]),
+        (["plan", "--llm", "llm", "--compare", "layernrom"], ["'layernorm'"]),
+        (["plan", "--llm", "llm", "--compare", "norms+connector"], ["no part 'connector'"]),
+        (["plan", "--llm", "llm", "--vision", "llm"], ["takes no images"]),
+        (["plan", "--llm", "./none", "--vision", "vision"], ["./none"]),
+    ],
+    ids=lambda value: " ".join(value[:4]),
+)
+def test_wrong_models_and_strategies_exit_2(
+    arguments: list[str], words: list[str], configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    message = error[error.index("normtune:") :]
+    assert all(word in message for word in words) and len(message.strip().splitlines()) <= 3, message
 
 
 def test_export_that_would_round_the_tuning_away_exits_1(
