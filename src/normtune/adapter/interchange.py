@@ -8,6 +8,7 @@ dtype of the base: on a bf16 base it rounds the gains, on an fp32 base its logit
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
     holds the other tuned modules as `modules_to_save`. Tensors are fp32; PEFT casts them to the base's dtype.
 
     Raises:
-        InputError: nothing was tuned, a parameter of the model itself was, or the folder exists.
+        InputError: nothing was tuned, a parameter of the model itself was, a layer has LoRA and trained tensors of its
+            own, or the folder exists.
         JobError: the disk is full.
     """
     state = tuning(model)
@@ -40,11 +42,13 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
     if state.lora is not None:
         lora, targets = lora_of(model), []
         config, tensors = lora.config, dict(lora.tensors)
-    else:  # PEFT wants a target: any module does, where no norm is tuned
-        lora, targets = None, [name for name in owners if name in norms] or owners
+        refuse_twice(owners, config["target_modules"])
+    else:  # PEFT wants a target: where no norm is tuned, the first one as it is
+        leaves = [name for name in owners if not any(True for _ in model.get_submodule(name).children())]
+        targets = [name for name in leaves if name in norms] or state.anatomy.norms[:1]
         config, tensors = ln_tuning_config(targets), {}
     saved = [name for name in owners if name not in targets]
-    for name in owners:
+    for name in [*targets, *saved]:
         below = "ln_tuning_layers." if name in targets else ""
         for key, value in model.get_submodule(name).state_dict().items():
             value = value.float() if value.is_floating_point() else value
@@ -54,6 +58,16 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
     with atomic_folder(Path(folder)) as temporary:
         write_peft(temporary, config, tensors)
     return Path(folder)
+
+
+def refuse_twice(owners: list[str], adapted: list[str]) -> None:
+    """Raises InputError where a layer has LoRA and trained tensors of its own: PEFT cannot hold both."""
+    both = [name for name in adapted if any(name == owner or name.startswith(owner + ".") for owner in owners)]
+    if both:
+        raise InputError(
+            f"PEFT cannot hold LoRA and trained tensors of the same layer ({both[0]} has both);\n"
+            "export --format transformers (normtune.merge) holds everything"
+        )
 
 
 def ln_tuning_config(targets: list[str]) -> dict[str, Any]:
@@ -102,7 +116,7 @@ def read_peft(folder: Path, model: nn.Module) -> Adapter:
     buffers = {name for name, _ in model.named_buffers()}
     tensors: dict[str, torch.Tensor] = {}
     for key, value in read_tensors(folder / WEIGHTS).items():
-        name = key.removeprefix(PREFIX).replace(".ln_tuning_layers.", ".")
+        name = own_name(key, names)
         if ".base_layer." in key or name in buffers:  # copies of the base that PEFT adds
             continue
         name = names.get(name, name)
@@ -111,3 +125,11 @@ def read_peft(folder: Path, model: nn.Module) -> Adapter:
         tensors[name] = value.float()
     record = {"format": FORMAT, "strategy": None, "parts": [], "lora": None, "peft": config}
     return Adapter(tensors, record=record)
+
+
+def own_name(key: str, known: Container[str]) -> str:
+    """The parameter's name; PEFT leaves the adapter's name before tensors of a module that has children."""
+    module, _, rest = key.removeprefix(PREFIX).partition(".ln_tuning_layers.")
+    if f"{module}.{rest}" not in known and "." in rest:
+        rest = rest.partition(".")[2]
+    return f"{module}.{rest}" if rest else module

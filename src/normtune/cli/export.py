@@ -1,4 +1,4 @@
-"""`normtune merge` and `normtune export`: the tuned model as a plain transformers folder."""
+"""`normtune merge` and `normtune export`: the tuned model as a plain transformers folder, or as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Dtype(enum.StrEnum):
 
 class Format(enum.StrEnum):
     transformers = "transformers"
+    peft = "peft"
 
 
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Of the written weights (default: the base's).")]
@@ -40,20 +41,43 @@ def export(
     dtype: DtypeOption = None,
     force: ForceOption = False,
 ) -> None:
-    """Write the tuned model in another engine's format; `transformers` is a stock LLaVA folder.
+    """Write the tuned model in another format: `transformers` a stock model folder, `peft` an adapter for PEFT.
 
-    Example: normtune export runs/world --format transformers --out exported
+    Example: normtune export runs/world --format peft --out exported
     """
-    write_merged(run, out, dtype, force)
+    if format is Format.transformers:
+        write_merged(run, out, dtype, force)
+    else:
+        write_peft(run, out, dtype, force)
 
 
-def write_merged(run: str, out: Path, dtype: Dtype | None, force: bool) -> None:
+def prepare(out: Path) -> None:
+    """Raises InputError where `out` is taken, before anything is loaded."""
     from normtune.cli.output import quiet_libraries
     from normtune.errors import InputError
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already; choose another --out or remove it")
     quiet_libraries()
+
+
+def write_peft(run: str, out: Path, dtype: Dtype | None, force: bool) -> None:
+    from normtune.errors import InputError
+
+    if dtype is not None:
+        raise InputError("--dtype is of merged weights; an adapter for PEFT is float32, leave it out")
+    prepare(out)
+    from normtune.adapter import export_peft
+    from normtune.tuned import open_tuned
+
+    export_peft(open_tuned(run, force=force).model, out)
+    print(f"{out}: an adapter in PEFT's format, float32")
+    print(f"loads with peft: PeftModel.from_pretrained(base, {str(out)!r})")
+    print("PEFT keeps it in the dtype of the base: in bfloat16 it rounds the gains; load a float32 base for our logits")
+
+
+def write_merged(run: str, out: Path, dtype: Dtype | None, force: bool) -> None:
+    prepare(out)
     import torch
 
     from normtune.adapter import merge
@@ -63,5 +87,5 @@ def write_merged(run: str, out: Path, dtype: Dtype | None, force: bool) -> None:
     tuned = open_tuned(run, force=force)
     result = merge(tuned.model, getattr(torch, dtype.value) if dtype else None, force=force)
     save(tuned.model, tuned.processor, out)
-    print(f"{out}: {result}" if result.gains else f"{out}: no gains were tuned in this run")
+    print(f"{out}: {result}")
     print("loads with transformers: AutoModelForImageTextToText.from_pretrained, AutoProcessor.from_pretrained")
