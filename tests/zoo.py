@@ -42,6 +42,7 @@ OUT = (*QKVO[:3], "self_attn.out_proj")
 QK = ("self_attn.q_norm", "self_attn.k_norm")
 QK_LAYER = ("self_attn.q_layernorm", "self_attn.k_layernorm")
 LATENT_NORMS = ("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm")
+AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 FOUR = tuple(f"{place}_layernorm" for place in ("input", "post_attention", "pre_feedforward", "post_feedforward"))
 
 
@@ -50,10 +51,13 @@ class Row:
     """One architecture: its config and what `anatomy` and `formula` must say about it.
 
     Attributes:
-        split: q, k, v, o projections inside a block; empty where they are not four layers.
+        split: q, k, v, o projections inside a block, an absent one as ""; empty where they are not four layers.
+        mlp: None where it is a matter of taste which of several small matrices belong to it.
         fused: the projection that gives q, k and v at once.
-        formula, eps: of the norms on the residual stream.
+        formula, eps, compute: of the norms on the residual stream; where `compute` is empty, RMSNorms with a plain gain
+            round before the gain is multiplied (as Llama's), and the others at the end.
         vision, connector: roots; a connector inside the vision module counts as connector alone.
+        loose: parameters beside LLM, encoder and connector that belong to no module of their own.
     """
 
     kind: str
@@ -63,22 +67,33 @@ class Row:
     qk_norms: Leaves = ()
     split: Leaves = QKVO
     fused: Leaves = ()
-    mlp: Leaves = ("mlp",)
+    mlp: Leaves | None = ("mlp",)
     final_norm: str = "model.norm"
     embed: str = "model.embed_tokens"
     head: str = "lm_head"
     formula: str = "rms*g"
     eps: float = RMS_EPS
+    compute: str = ""
     vision: tuple[str, ...] = ()
     vision_norms: tuple[str, ...] = ()
     connector: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
     batch: Callable[[torch.Generator], dict[str, torch.Tensor]] | None = None
     count: int = 2  # blocks
+
+    @property
+    def computes(self) -> str:
+        return self.compute or ("float32, gain rounded" if self.formula == "rms*g" else "float32")
+
+    @property
+    def routed(self) -> bool:
+        """Whether it has a mixture of experts."""
+        return "experts" in str(self.config)
 
     def full(self, leaves: Leaves) -> list[str]:
         """Full module names in every block."""
         per_block = leaves if isinstance(leaves, list) else [leaves] * self.count
-        return [f"{self.blocks}.{i}.{leaf}" for i, found in enumerate(per_block) for leaf in found]
+        return [f"{self.blocks}.{i}.{leaf}" for i, found in enumerate(per_block) for leaf in found if leaf]
 
     def projection(self, role: str) -> list[str]:
         """Full names of one of q, k, v, o."""
@@ -119,14 +134,14 @@ TEXT: dict[str, Row] = {
     "phi3": llama_like("phi3", split=(), fused=("self_attn.qkv_proj",)),
     "granite": llama_like("granite"),
     "smollm3": llama_like("smollm3"),
-    "helium": llama_like("helium"),
+    "helium": llama_like("helium", compute="float32"),
     "ernie4_5": llama_like("ernie4_5"),
     # Norms after attention and MLP instead of before
-    "olmo2": llama_like("olmo2", norms=("post_attention_layernorm", "post_feedforward_layernorm"), qk_norms=QK),
-    "olmo3": llama_like("olmo3", norms=("post_attention_layernorm", "post_feedforward_layernorm"), qk_norms=QK),
+    "olmo2": llama_like("olmo2", norms=AFTER, qk_norms=QK, compute="float32"),
+    "olmo3": llama_like("olmo3", norms=AFTER, qk_norms=QK, compute="float32"),
     "exaone4": llama_like(
         "exaone4", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-        norms=("post_attention_layernorm", "post_feedforward_layernorm"), qk_norms=QK,
+        norms=AFTER, qk_norms=QK,
     ),
     "apertus": llama_like("apertus", norms=("attention_layernorm", "feedforward_layernorm"), qk_norms=QK),
     "glm4": llama_like("glm4", norms=(*FOUR[:2], "post_self_attn_layernorm", "post_mlp_layernorm")),
@@ -135,20 +150,35 @@ TEXT: dict[str, Row] = {
     # Residual weights beside the norms are bare parameters of the block; a fifth linear layer in attention
     "doge": llama_like("doge", qk_norms=QK),
     "diffllama": llama_like("diffllama"),  # its norm inside attention has no gain
+    "moshi": llama_like(  # each projection is wrapped in a module, and attention holds its own rotary embedding
+        "moshi", {"ffn_dim": 64, "num_codebooks": 2, "audio_vocab_size": 20}, compute="float32",
+        split=tuple(f"{name}.linear" for name in QKVO),
+    ),
     "gemma": llama_like("gemma", formula="rms*(1+g)"),
     "gemma2": llama_like("gemma2", norms=FOUR, formula="rms*(1+g)"),
     "gemma3_text": llama_like("gemma3_text", norms=FOUR, qk_norms=QK, formula="rms*(1+g)"),
+    "gemma4_text": llama_like(  # later blocks take k and v from earlier ones
+        "gemma4_text",
+        {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+         "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 100},
+        norms=(*FOUR, "post_per_layer_input_norm"), count=4, compute="float32", qk_norms=[QK, QK, QK[:1], QK[:1]],
+        split=[QKVO, QKVO, (QKVO[0], "", "", QKVO[3]), (QKVO[0], "", "", QKVO[3])], mlp=None,
+    ),
     # Mixtures of experts: the router and the experts belong to the MLP
     "mixtral": llama_like("mixtral", LOCAL_EXPERTS),
     "qwen3_moe": llama_like("qwen3_moe", {**EXPERTS, "mlp_only_layers": [1]}, qk_norms=QK),
     "olmoe": llama_like("olmoe", EXPERTS, qk_norms=QK),
-    "gpt_oss": llama_like("gpt_oss", LOCAL_EXPERTS),
+    "gpt_oss": llama_like("gpt_oss", LOCAL_EXPERTS, compute="float32"),
     "llama4_text": llama_like(  # its norm of q and k has no gain
         "llama4_text", {**LOCAL_EXPERTS, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 2},
         mlp=("feed_forward",),
     ),
     "glm4_moe": llama_like("glm4_moe", {**ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True}, qk_norms=QK),
     "phimoe": llama_like("phimoe", LOCAL_EXPERTS, formula="layernorm*g+b"),
+    "afmoe": llama_like(  # a gate as wide as the output projection, registered after it
+        "afmoe", {**EXPERTS, "num_shared_experts": 1, "num_dense_layers": 1}, qk_norms=QK, compute="float32",
+        norms=(*FOUR[:2], "pre_mlp_layernorm", "post_mlp_layernorm"),
+    ),
     "dbrx": Row(
         "dbrx",
         {**TOKENS, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
@@ -163,6 +193,15 @@ TEXT: dict[str, Row] = {
     "deepseek_v3": llama_like(
         "deepseek_v3", {**ROUTED, **LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 1},
         qk_norms=LATENT_NORMS, split=(),
+    ),
+    # Norms with a gate of their own, which is a small MLP; an indexer with a norm inside attention
+    "axk2": llama_like(
+        "axk2",
+        {**LATENT, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "gated_norm_rank": 4,
+         "moe_intermediate_size": 32, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4, "head_dim": 8},
+        norms=[("input_layernorm.norm", "post_attention_layernorm"),
+               ("input_layernorm.norm", "post_attention_layernorm.norm")],
+        qk_norms=(*LATENT_NORMS, "self_attn.indexer.k_norm"), split=(),
     ),
     # Two attentions, two MLPs and four norms per block, in lists, and one mixture of experts
     "longcat_flash": Row(
@@ -206,7 +245,14 @@ TEXT: dict[str, Row] = {
         "cohere", {"use_qk_norm": True}, norms=("input_layernorm",), qk_norms=QK, formula="layernorm*g",
     ),
     "cohere2": layer_norm("cohere2", norms=("input_layernorm",), formula="layernorm*g"),
-    "nemotron": layer_norm("nemotron", {"norm_eps": LAYER_EPS}, formula="layernorm*(1+g)+b"),
+    "nemotron": layer_norm(  # 1 + g is rounded
+        "nemotron", {"norm_eps": LAYER_EPS}, formula="layernorm*(1+g)+b", compute="input",
+    ),
+    "modernbert-decoder": layer_norm(  # no norm before the first attention; a layer with a norm before the head
+        "modernbert-decoder", {"norm_eps": LAYER_EPS, "cls_token_id": 1, "sep_token_id": 2},
+        norms=[("mlp_norm",), ("attn_norm", "mlp_norm")], split=(*(f"attn.{x}_proj" for x in "qkv"), "attn.Wo"),
+        final_norm="model.final_norm", embed="model.embeddings.tok_embeddings", head="decoder", formula="layernorm*g",
+    ),
     "gpt_neox": layer_norm(
         "gpt_neox", blocks="gpt_neox.layers", split=(), fused=("attention.query_key_value",),
         final_norm="gpt_neox.final_layer_norm", embed="gpt_neox.embed_in",
@@ -251,7 +297,7 @@ TEXT: dict[str, Row] = {
          "ssm_state_size": 8, "n_groups": 1, "layer_norm_epsilon": RMS_EPS},
         norms=("norm",), qk_norms=[("mixer.norm",), (), ()], count=3, final_norm="model.norm_f",
         split=[(), tuple(f"mixer.{letter}_proj" for letter in "qkvo"), ()], mlp=[(), (), ("mixer",)],
-        embed="model.embeddings",
+        embed="model.embeddings", compute="float32",
     ),
     "jamba": llama_like(
         "jamba",
@@ -265,6 +311,18 @@ TEXT: dict[str, Row] = {
         "bamba", {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8},
         norms=("input_layernorm", "pre_ff_layernorm"), split=[(), QKVO], mlp=("feed_forward",),
         qk_norms=[("mamba.norm",), ()], final_norm="model.final_layernorm",
+    ),
+    # Blocks 1 and 2 share the parameters of an attention block whose input is twice as wide
+    "zamba2": Row(
+        "zamba2",
+        {**TOKENS, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64,
+         "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 4,
+         "max_position_embeddings": 64, "rms_norm_eps": RMS_EPS},
+        norms=[("input_layernorm",), *[("mamba_decoder.input_layernorm", "shared_transformer.input_layernorm",
+                                        "shared_transformer.pre_ff_layernorm")] * 2],
+        qk_norms=[("mamba.norm",), ("mamba_decoder.mamba.norm",), ("mamba_decoder.mamba.norm",)], count=3,
+        split=[(), *[tuple(f"shared_transformer.self_attn.{x}_proj" for x in "qkvo")] * 2], mlp=None,
+        final_norm="model.final_layernorm"
     ),
     "falcon_h1": llama_like(  # a mixer and attention side by side
         "falcon_h1",
@@ -295,10 +353,18 @@ TOWER = {
     "patch_size": 8,
 }  # fmt: skip
 QWEN_TOWER = {"depth": 2, "num_heads": 2, "patch_size": 8, "temporal_patch_size": 2, "spatial_merge_size": 2}
-MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}}
+MROPE = {
+    "rope_parameters": {
+        "rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0, "partial_rotary_factor": 1.0,
+    },
+}  # fmt: skip
 QWEN_TOKENS = {
     "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": IMAGE_START,
     "vision_end_token_id": IMAGE_END,
+}  # fmt: skip
+QFORMER = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "encoder_hidden_size": 16,
 }  # fmt: skip
 TOWER_NORMS = ("encoder.layers.*.layer_norm1", "encoder.layers.*.layer_norm2", "post_layernorm")
 
@@ -327,6 +393,29 @@ def patches(generator: torch.Generator) -> dict[str, torch.Tensor]:
         **text,
         "pixel_values": torch.randn(2 * 16, 3 * 2 * 8 * 8, generator=generator),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+        "mm_token_type_ids": (text["input_ids"] == IMAGE).int(),
+    }
+
+
+def tiles(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One image of one tile per row, which every word may look at."""
+    return {
+        **words(generator, 0),
+        "pixel_values": torch.randn(2, 1, 1, 3, 32, 32, generator=generator),
+        "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(2, 10, 1, 1, dtype=torch.long),
+    }
+
+
+def positions(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Two images as 4 x 4 flat patches with their places; 2 x 2 patches become a token."""
+    text = words(generator, 4)
+    place = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)
+    return {
+        **text,
+        "pixel_values": torch.rand(2, 16, 3 * 8 * 8, generator=generator),
+        "image_position_ids": place.expand(2, -1, -1),
         "mm_token_type_ids": (text["input_ids"] == IMAGE).int(),
     }
 
@@ -367,6 +456,7 @@ MLLM: dict[str, Row] = {
     "llava_next": mllm(
         "llava_next", "mistral", {**TOWER, "model_type": "clip_vision_model"},
         {"image_grid_pinpoints": [[32, 64], [64, 32]]}, vision_norms=("pre_layrnorm", *TOWER_NORMS),
+        loose=("model.image_newline",),
         batch=square(16 + 4 * 9, (2, 3, 3, 32, 32), image_sizes=torch.tensor([[32, 64]] * 2)),
     ),
     "idefics3": mllm(
@@ -399,6 +489,19 @@ MLLM: dict[str, Row] = {
          "deepstack_visual_indexes": [0]},
         qk_norms=QK, connector=("model.visual.merger", "model.visual.deepstack_merger_list"),
     ),
+    "qwen3_5": qwen_vl(
+        "qwen3_5",
+        {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "num_position_embeddings": 16},
+        text_config={**MROPE, "layer_types": LINEAR_THEN_FULL, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+                     "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        qk_norms=[("linear_attn.norm",), QK], split=[(), QKVO], formula="rms*(1+g)",
+    ),
+    "glm4v": qwen_vl(  # a convolution inside the tower already gives the LLM's width
+        "glm4v",
+        {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 24, "image_size": 32},
+        norms=(*FOUR[:2], "post_self_attn_layernorm", "post_mlp_layernorm"),
+        vision_norms=("blocks.*.norm1", "blocks.*.norm2", "post_conv_layernorm", "post_layernorm"),
+    ),
     "internvl": mllm(  # lambda_1 and lambda_2 of its tower are bare parameters
         "internvl", "qwen2", {**TOWER, "image_size": [32, 32], "patch_size": [8, 8]}, {},
         vision_norms=("encoder.layer.*.layernorm_before", "encoder.layer.*.layernorm_after"), batch=square(4),
@@ -407,6 +510,37 @@ MLLM: dict[str, Row] = {
         "mistral3", "mistral", {**TOWER, "model_type": "pixtral", "head_dim": 8}, {"spatial_merge_size": 2},
         vision_norms=("ln_pre", "transformer.layers.*.attention_norm", "transformer.layers.*.ffn_norm"),
         batch=square(4, image_sizes=torch.tensor([[32, 32]] * 2)),
+    ),
+    "mllama": mllm(  # the LLM looks at the image in blocks with cross-attention; no image tokens
+        "mllama", "mllama_text_model",
+        {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_global_layers": 2,
+         "attention_heads": 2, "image_size": 32, "patch_size": 8, "vision_output_dim": 32, "max_num_tiles": 1,
+         "supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0]},
+        {"image_token_index": IMAGE}, text_config={"cross_attention_layers": [1]}, batch=tiles,
+        qk_norms=[(), ("cross_attn.q_norm", "cross_attn.k_norm")],
+        split=[QKVO, tuple(f"cross_attn.{letter}_proj" for letter in "qkvo")], vision=("model.vision_model",),
+        vision_norms=("layernorm_pre", "layernorm_post",
+                      *(f"{place}transformer.layers.*.{name}_layernorm"
+                        for place in ("", "global_") for name in ("input", "post_attention"))),
+    ),
+    "gemma4": mllm(  # its tower cuts patches with a Linear and has four norms per block
+        "gemma4", "gemma4_text",
+        {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "head_dim": 8, "patch_size": 8, "pooling_kernel_size": 2,
+         "position_embedding_size": 16, "rms_norm_eps": RMS_EPS},
+        {"audio_config": None}, text_config={"layer_types": ["sliding_attention", "full_attention"],
+                                             "hidden_size_per_layer_input": 0},
+        norms=FOUR, qk_norms=QK, connector=("model.embed_vision",), batch=positions, compute="float32",
+        vision_norms=(*(f"encoder.layers.*.{name}" for name in FOUR),
+                      *(f"encoder.layers.*.{name}" for name in QK)),
+    ),
+    "blip-2": mllm(  # two connectors, the first with blocks of its own
+        "blip-2", "opt", TOWER, {"num_query_tokens": 4, "qformer_config": QFORMER, "image_token_index": IMAGE},
+        text_config={**LN_BASE, "ffn_dim": 64, "word_embed_proj_dim": 32}, llm="language_model.model.decoder",
+        norms=("self_attn_layer_norm", "final_layer_norm"), split=OUT, mlp=("fc1", "fc2"),
+        final_norm="language_model.model.decoder.final_layer_norm", head="language_model.lm_head",
+        formula="layernorm*g+b", eps=1e-5, vision=("vision_model",), vision_norms=TOWER_NORMS,
+        connector=("qformer", "language_projection"), loose=("query_tokens",), batch=square(4),
     ),
     "llama4": mllm(  # its tower cuts patches with a Linear; an adapter inside the tower keeps the tower's width
         "llama4", "llama4_text",
