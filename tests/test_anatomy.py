@@ -115,6 +115,7 @@ def rms(difference: torch.Tensor) -> float:
     return difference.detach().double().square().mean().sqrt().item()
 
 
+@pytest.mark.heavy
 @rows
 def test_fp32_logits_stay(name: str, row: Row) -> None:
     before = logits(zoo.model(name), name, torch.float32)
@@ -123,6 +124,7 @@ def test_fp32_logits_stay(name: str, row: Row) -> None:
     assert (logits(model, name, torch.float32) - before).abs().max() <= 1e-5 * before.abs().max()
 
 
+@pytest.mark.heavy
 @rows
 def test_bf16_logits_are_no_further_from_fp64(name: str, row: Row) -> None:
     """Than those of the model before `apply`, by rms over 80 words.
@@ -141,6 +143,7 @@ def test_bf16_logits_are_no_further_from_fp64(name: str, row: Row) -> None:
     assert errors[0] <= 1.25 * errors[1]
 
 
+@pytest.mark.heavy
 @rows
 def test_bf16_norms_are_no_further_from_fp64(name: str, row: Row) -> None:
     """Each norm's output and its gradients, beside the untouched module: rms over 4096 values; gains' in fp32."""
@@ -253,7 +256,7 @@ def test_missing_fused_projection_is_named() -> None:
 
 
 # English words and other people's words (HTML, torch, PIL) that are model types too
-WORDS = {"align", "aria", "clip"}
+WORDS = {"align", "aria", "clip", "encoder-decoder"}
 # What makes, reads and runs LLaVAs names them; what makes them, and the world with its Llama, names its parts too
 LLAVA = ("data.py", "evaluation/", "recipe/", "cli/")
 EXEMPT = ("model.py", "pretrained.py", "probes.py", "skeletons.py", "templates.py", "chat.py", "world/", "cli/demo")

@@ -166,6 +166,40 @@ def test_vision_encoders_that_cast_their_input_to_the_weights_dtype() -> None:
         assert torch.equal(ours(x.float()), original(x))
 
 
+class Taker(nn.Module):
+    """Mamba's mixer in short: it takes the weight out of a layer instead of calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(H))
+        self.norm = nn.LayerNorm(H)
+        self.layer = nn.Linear(H, H)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.norm(x) * self.scale) @ self.layer.weight + self.layer(x)
+
+
+def test_a_parent_that_takes_the_weight_out_of_a_promoted_layer() -> None:
+    ours = Taker()
+    with torch.no_grad():
+        ours.norm.weight.add_(2**-10)  # lost if the norm's gain were cast too
+    x = torch.randn(4, H).to(BF16)
+    original = copy.deepcopy(ours).to(BF16)
+    original.norm = copy.deepcopy(ours.norm)
+    for norm in (ours.norm, original.norm):
+        promote(norm, BF16, is_norm=True)
+    promote(ours.layer, BF16)
+    promote(ours, BF16)
+    a, b = original(x), ours(x)
+    assert torch.equal(a, b)
+    a.sum().backward()
+    b.sum().backward()
+    for name, parameter in ours.named_parameters():
+        wanted = original.get_parameter(name).grad
+        assert wanted is not None and parameter.grad is not None and parameter.grad.dtype == torch.float32
+        torch.testing.assert_close(parameter.grad, wanted.float(), rtol=2**-6, atol=2e-2)
+
+
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "layernorm": lambda: nn.LayerNorm(H),
     "layernorm-without-bias": lambda: nn.LayerNorm(H, bias=False),

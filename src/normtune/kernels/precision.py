@@ -13,7 +13,9 @@ Four shapes, chosen by the forward that the module has and not by its name:
   of their own): its own forward while its fp32 parameters are replaced by cast copies. What autograd would keep of a
   copy, the whole or a view, is kept as the parameter and cast again in backward.
 
-Not here: which parameters (strategy.py); a model that is cast as a whole afterwards (`model.float()`).
+Limits: a compiled graph (torch.compile) keeps the bf16 copy of a trained matrix for backward, because its partitioner
+merges both casts; a model that is cast as a whole afterwards (`model.float()`) is not followed.
+Not here: which parameters (strategy).
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ def norm_forward(module: nn.Module, before: Forward | None, dtype: torch.dtype, 
     """
     given = args[0] if args else next(iter(kwargs.values()))
     cast_up = given.dtype == torch.float32 and not torch.is_autocast_enabled(given.device.type)
-    with cast_parameters(module, torch.float32):
+    with cast_parameters([module], torch.float32):
         args, kwargs = cast(args, torch.float32), cast(kwargs, torch.float32)
         return cast(call(module, before, *args, **kwargs), dtype if cast_up else given.dtype)
 
@@ -138,12 +140,21 @@ def embedding_forward(
 
 
 def module_forward(module: nn.Module, before: Forward | None, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
-    """The module's own forward with its own fp32 parameters cast to `dtype`."""
+    """The module's own forward with its own fp32 parameters cast to `dtype`.
+
+    So are those of promoted layers right below it: Mamba's mixer takes the weights of its convolution and time step
+    out of these layers instead of calling them.
+    """
     if type(module).__module__.startswith("torch.nn."):
         # torch's layers take input of their weight's dtype only; vision encoders cast theirs to the fp32 weight's
         args, kwargs = cast(args, dtype), cast(kwargs, dtype)
-    with cast_parameters(module, dtype):
+    below = [child for child in module.children() if casts_weights(vars(child).get("forward"))]
+    with cast_parameters([module, *below], dtype):
         return call(module, before, *args, **kwargs)
+
+
+def casts_weights(forward: Forward | None) -> bool:
+    return isinstance(forward, Promoted) and forward.func is not norm_forward
 
 
 FORWARDS: dict[Forward, Forward] = {
@@ -198,27 +209,30 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def cast_parameters(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within, the module's own floating-point parameters are of `dtype`; autograd keeps none of the copies."""
-    own = {
-        name: parameter
+def cast_parameters(modules: list[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Within, the modules' own floating-point parameters are of `dtype`; autograd keeps none of the copies."""
+    own = [
+        (module._parameters, name, parameter)
+        for module in modules
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dtype != dtype and not is_quantized(parameter)
-    }
+        if parameter is not None and parameter.dtype != dtype and parameter.dtype in TRAINABLE
+    ]
     if not own:
         yield
         return
-    copies = {name: parameter.to(dtype) for name, parameter in own.items()}
-    module._parameters.update(copies)  # type: ignore[arg-type]
+    copies = [parameter.to(dtype) for _, _, parameter in own]
+    for (holder, name, _), copy in zip(own, copies, strict=True):
+        holder[name] = copy  # type: ignore[assignment]
     try:
-        # torch.compile cannot trace hooks and needs none: it decides by itself to cast again in backward
+        # torch.compile cannot trace hooks
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             yield
         else:
-            with keep_sources([(own[name], copies[name]) for name in own]):
+            with keep_sources([(source, copy) for (_, _, source), copy in zip(own, copies, strict=True)]):
                 yield
     finally:
-        module._parameters.update(own)
+        for holder, name, parameter in own:
+            holder[name] = parameter
 
 
 @contextmanager
