@@ -152,7 +152,7 @@ def test_plan_from_configs_alone(configs: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(capsys.readouterr().out)
     lora, norms, qk = found["plans"]
     assert lora["strategy"] == "lora (r = 2)" and norms["trainable_parameters"] == 5 * 32
-    assert qk["trainable_parameters"] == 4 * 8 and qk["trainable_bytes"] == 4 * 4 * 8
+    assert qk["trainable_parameters"] == 4 * 128 and qk["trainable_bytes"] == 4 * 4 * 128
     total = sum(found["denominator"].values())
     assert (
         norms["total_parameters"] == total < lora["total_parameters"] and found["denominator"]["connector"] == 32 * 33

@@ -110,5 +110,7 @@ def part_parameters(model: nn.Module, found: Anatomy, part: str) -> list[str]:
             name = tied[id(parameter)]
             if id(parameter) in constant or is_lora(name) or (part == "bias" and not key.endswith("bias")):
                 continue
+            if part in ("llm", "bias") and name.startswith(tuple(f"{root}." for root in found.vision)):
+                continue  # an encoder inside the LLM's module
             names[name] = None
     return list(names)

@@ -46,7 +46,7 @@ def collect(owner: nn.Module, prefix: str, finder: NormFinder, width: int, parts
         name = f"{prefix}.{child_name}"
         if finder.is_norm(child):
             parts.norms.append(name)
-        elif isinstance(child, nn.ModuleList | nn.ModuleDict) or is_wrapper(child):
+        elif isinstance(child, nn.ModuleList | nn.ModuleDict) or is_wrapper(child, finder):
             collect(child, name, finder, width, parts)
         elif mixes_positions(child):
             parts.inner_norms += [n for n, m in named(child, name) if finder.is_norm(m)]
@@ -63,11 +63,13 @@ def mixes_positions(module: nn.Module) -> bool:
     return not MIXER_INPUTS.isdisjoint(inspect.signature(type(module).forward).parameters)
 
 
-def is_wrapper(module: nn.Module) -> bool:
-    """A module without weights of its own, whose children hold a mixer."""
+def is_wrapper(module: nn.Module, finder: NormFinder) -> bool:
+    """A module without weights of its own, whose children are norms and a mixer."""
     children = list(module.children())
     own = [*module.parameters(recurse=False), *(p for c in children if is_linear(c) for p in c.parameters())]
-    return not own and mixes_positions(module) and any(mixes_positions(m) for c in children for m in c.modules())
+    if own or not mixes_positions(module) or not any(finder.is_norm(c) for c in children):
+        return False
+    return any(mixes_positions(m) for c in children for m in c.modules())
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -89,8 +91,9 @@ def projections(attention: nn.Module, prefix: str, width: int) -> dict[str, list
     """Names of the q, k, v, o projections, or of the fused qkv and o; empty lists for any other arrangement.
 
     Of two or three linear layers (the third a gate) the widest is the fused one: its output is longer than the input
-    of o, which is as long as q. Of four or more, q, k and v are told by the paper's letters where each stands for one
-    layer, else by their order; o is the last that maps back to the hidden size.
+    of o, which is as long as q; two of equal length are q and o of a layer that shares its keys. Of four or more, q, k
+    and v are told by the paper's letters where each stands for one layer, else by their order; o maps back to the
+    hidden size what is as long as q, and has its letter or comes last.
 
     Args:
         width: hidden size H of the residual stream.
@@ -103,7 +106,11 @@ def projections(attention: nn.Module, prefix: str, width: int) -> dict[str, list
     if len(linears) < 4:
         fused = max(linears, key=lambda n: linears[n][1])
         outs = [n for n in back if n != fused and linears[n][0] < linears[fused][1]]
-        return {**roles, "qkv": [fused], "o": outs[:1]} if outs and linears[fused][0] == width else roles
+        if outs and linears[fused][0] == width:
+            return {**roles, "qkv": [fused], "o": outs[:1]}
+        first, *_, last = linears
+        shared = linears[first] == linears[last][::-1] and linears[first][0] == width and len(linears) == 2
+        return {**roles, "q": [first], "o": [last]} if shared else roles
     by_letter = {r: [n for n in linears if n.rpartition(".")[2].startswith(r)] for r in "qkv"}
     if all(len(names) == 1 for names in by_letter.values()):
         q, k, v = (by_letter[role][0] for role in "qkv")
@@ -112,7 +119,9 @@ def projections(attention: nn.Module, prefix: str, width: int) -> dict[str, list
     else:
         return roles
     rest = [n for n in back if n not in (q, k, v)]
+    outs = [n for n in rest if n.rpartition(".")[2].startswith("o")] or rest
+    outs = [n for n in outs if linears[n][0] == linears[q][1]] or outs
     inputs = {linears[n][0] for n in (q, k, v)}
-    if not rest or inputs != {width} or linears[q][1] % linears[k][1]:
+    if not outs or inputs != {width} or linears[q][1] % linears[k][1]:
         return roles
-    return {**roles, "q": [q], "k": [k], "v": [v], "o": [rest[-1]]}
+    return {**roles, "q": [q], "k": [k], "v": [v], "o": [outs[-1]]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -68,12 +69,16 @@ def anatomy(model: nn.Module) -> Anatomy:
 def dissect(model: nn.Module) -> Anatomy:
     """`anatomy` of a model that may have no norm with a learned gain."""
     names = {id(module): name for name, module in model.named_modules()}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(
+            f"{type(model).__name__} is an encoder-decoder; give a decoder-only LLM, or an MLLM around one"
+        )
     embed = input_embedding(model)
     width = max(embed.parameters(), key=lambda p: p.numel()).shape[-1]
     llm, blocks = find_blocks(model, names[id(embed)])
     finder = NormFinder()
     parts = [block_parts(model.get_submodule(name), name, finder, width) for name in blocks]
-    head = output_head(model)
+    head = output_head(model, names, embed)
     vision, connector, loose = find_vision(model, llm, head, width)
     roles = {role: [n for block in parts for n in block.roles[role]] for role in ("q", "k", "v", "o", "qkv")}
     return Anatomy(
@@ -109,16 +114,24 @@ def without_gains(model: nn.Module, found: Anatomy) -> str:
 
 def input_embedding(model: nn.Module) -> nn.Module:
     getter = getattr(model, "get_input_embeddings", None)
-    embed = getter() if getter is not None else None
+    try:
+        embed = getter() if getter is not None else None
+    except NotImplementedError:
+        embed = None
     if not isinstance(embed, nn.Module) or not any(p.dim() == 2 for p in embed.parameters()):
-        raise InputError(f"{type(model).__name__} has no input embedding; give a language model of transformers")
+        raise InputError(f"{type(model).__name__} has no input embedding; give a decoder-only LLM of transformers")
     return embed
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module, names: dict[int, str], embed: nn.Module) -> nn.Module | None:
+    """What the model calls its head, else a linear layer outside the blocks with the embedding's shape."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter is not None else None
-    return head if isinstance(head, nn.Module) else None
+    if isinstance(head, nn.Module):
+        return head
+    shape = max(embed.parameters(), key=lambda p: p.numel()).shape
+    outside = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.shape == shape]
+    return next((m for m in outside if not re.search(r"\.\d+\.", names[id(m)])), None)
 
 
 def find_blocks(model: nn.Module, embed_name: str) -> tuple[str, list[str]]:

@@ -18,8 +18,12 @@ def find_vision(
     beside: dict[str, nn.Module] = {}
     loose: list[str] = []
     owner_name = ""
-    for step in llm.split(".") if llm else []:
+    for step in [*llm.split("."), ""] if llm else [""]:
         owner = model.get_submodule(owner_name)
+        if not step:  # inside the LLM's own module: an encoder may be there, anything else belongs to the LLM
+            inside = {f"{owner_name}.{key}" if owner_name else key: child for key, child in owner.named_children()}
+            beside |= {name: child for name, child in inside.items() if name in find_encoders(inside, sure=True)}
+            break
         loose += [f"{owner_name}.{key}" if owner_name else key for key, _ in owner.named_parameters(recurse=False)]
         for child_name, child in owner.named_children():
             name = f"{owner_name}.{child_name}" if owner_name else child_name
@@ -29,6 +33,10 @@ def find_vision(
         owner_name = f"{owner_name}.{step}" if owner_name else step
     encoders = find_encoders(beside)
     connector = [name for name in beside if name not in encoders]
+    if not encoders and head is not None:  # what stands beside the head of a text LLM belongs to the head
+        names = {id(module): name for name, module in model.named_modules()}
+        level = names[id(head)].rpartition(".")[0]
+        connector = [name for name in connector if name.rpartition(".")[0] != level]
     if connector:
         return encoders, connector, loose
     vision = []
@@ -41,15 +49,19 @@ def find_vision(
     return vision, connector, loose
 
 
-def find_encoders(beside: dict[str, nn.Module]) -> list[str]:
-    """Those with layers and a convolution over patches; where none convolves, the largest one with layers."""
+def find_encoders(beside: dict[str, nn.Module], sure: bool = False) -> list[str]:
+    """Those with layers and a convolution (over patches, or over sound); where none convolves, the largest with layers.
+
+    Args:
+        sure: only those with a convolution.
+    """
     layered = {
         name: module
         for name, module in beside.items()
         if any(isinstance(m, nn.ModuleList | nn.Sequential) for m in module.modules())
     }
-    found = [n for n, m in layered.items() if any(isinstance(c, nn.Conv2d | nn.Conv3d) for c in m.modules())]
-    if found or not layered:
+    found = [n for n, m in layered.items() if any(isinstance(c, nn.modules.conv._ConvNd) for c in m.modules())]
+    if found or not layered or sure:
         return found
     return [max(layered, key=lambda name: sum(p.numel() for p in layered[name].parameters()))]
 
