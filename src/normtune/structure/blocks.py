@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from normtune.structure.norms import NormFinder
+from normtune.structure.norms import NormFinder, own_parameters
 
 # What only a module that mixes positions is given: a mask, a cache, positions.
 MIXER_INPUTS = {
@@ -54,8 +54,16 @@ def collect(owner: nn.Module, prefix: str, finder: NormFinder, width: int, parts
                 parts.attn.append(name)
                 for role, found in projections(child, name, width).items():
                     parts.roles[role] += found
+        elif starts_with_norm(child, finder, width):
+            collect(child, name, finder, width, parts)
         elif any(p.dim() > 1 for p in child.parameters()):
             parts.mlp.append(name)
+
+
+def starts_with_norm(module: nn.Module, finder: NormFinder, width: int) -> bool:
+    """A norm of the residual stream with something behind it, such as a gate."""
+    first = next(module.children(), None)
+    return first is not None and finder.is_norm(first) and own_parameters(first)[0].shape == (width,)
 
 
 def mixes_positions(module: nn.Module) -> bool:
@@ -122,6 +130,6 @@ def projections(attention: nn.Module, prefix: str, width: int) -> dict[str, list
     outs = [n for n in rest if n.rpartition(".")[2].startswith("o")] or rest
     outs = [n for n in outs if linears[n][0] == linears[q][1]] or outs
     inputs = {linears[n][0] for n in (q, k, v)}
-    if not outs or inputs != {width} or linears[q][1] % linears[k][1]:
+    if not outs or len(inputs) > 1 or linears[q][1] % linears[k][1]:
         return roles
     return {**roles, "q": [q], "k": [k], "v": [v], "o": [outs[-1]]}

@@ -79,7 +79,7 @@ def dissect(model: nn.Module) -> Anatomy:
     finder = NormFinder()
     parts = [block_parts(model.get_submodule(name), name, finder, width) for name in blocks]
     head = output_head(model, names, embed)
-    vision, connector, loose = find_vision(model, llm, head, width)
+    vision, connector, loose = find_vision(model, llm, blocks[0].rpartition(".")[0], head, width)
     roles = {role: [n for block in parts for n in block.roles[role]] for role in ("q", "k", "v", "o", "qkv")}
     return Anatomy(
         llm=llm,

@@ -8,12 +8,16 @@ from normtune.structure.blocks import features, is_linear, mixes_positions, name
 
 
 def find_vision(
-    model: nn.Module, llm: str, head: nn.Module | None, width: int
+    model: nn.Module, llm: str, blocks: str, head: nn.Module | None, width: int
 ) -> tuple[list[str], list[str], list[str]]:
     """(vision encoders, connectors, loose parameters such as the line break of tiled images).
 
     They are the modules beside the way from the root to the LLM: encoders and, all others, connectors. Where there
     is no such connector, the last stage of an encoder that maps to the LLM's width is one.
+
+    Args:
+        llm, blocks: names of the module that holds the LLM, and of its list of blocks.
+        width: hidden size H of the LLM.
     """
     beside: dict[str, nn.Module] = {}
     loose: list[str] = []
@@ -22,6 +26,7 @@ def find_vision(
         owner = model.get_submodule(owner_name)
         if not step:  # inside the LLM's own module: an encoder may be there, anything else belongs to the LLM
             inside = {f"{owner_name}.{key}" if owner_name else key: child for key, child in owner.named_children()}
+            inside.pop(blocks)
             beside |= {name: child for name, child in inside.items() if name in find_encoders(inside, sure=True)}
             break
         loose += [f"{owner_name}.{key}" if owner_name else key for key, _ in owner.named_parameters(recurse=False)]
