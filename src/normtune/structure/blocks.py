@@ -55,13 +55,13 @@ def collect(owner: nn.Module, prefix: str, finder: NormFinder, width: int, parts
                 for role, found in projections(child, name, width).items():
                     parts.roles[role] += found
         elif starts_with_norm(child, finder, width):
-            collect(child, name, finder, width, parts)
+            parts.norms.append(f"{name}.{next(child.named_children())[0]}")
         elif any(p.dim() > 1 for p in child.parameters()):
             parts.mlp.append(name)
 
 
 def starts_with_norm(module: nn.Module, finder: NormFinder, width: int) -> bool:
-    """A norm of the residual stream with something behind it, such as a gate."""
+    """A norm of the residual stream with something behind it, such as a gate, which belongs to no part of its own."""
     first = next(module.children(), None)
     return first is not None and finder.is_norm(first) and own_parameters(first)[0].shape == (width,)
 
