@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from stubs import inputs, llava, text_model
 from test_strategy import train_steps
 
 STRATEGIES: list[Any] = ["connector", "layernorm", "layernorm-simple", "attn-qv", "attn-mlp", "lora", "full"]
+PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
 CASES = [*STRATEGIES, ["norms", "lora"]]
 
 
@@ -86,11 +88,12 @@ def test_earlier_stage_goes_into_the_adapter(tmp_path: Path) -> None:
     assert sum("multi_modal_projector" in n for n in names) == 4 and len(names) == 8
 
 
-def test_wrong_base_is_refused_unless_forced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("factor", [1.5, 1 + 1e-5])
+def test_wrong_base_is_refused_unless_forced(factor: float, tmp_path: Path) -> None:
     save_adapter(tuned("layernorm-simple", torch.float32), tmp_path / "a")
     other = llava()
     with torch.no_grad():
-        other.model.language_model.norm.weight.mul_(1.5)
+        other.model.language_model.norm.weight.mul_(factor)
     with pytest.raises(InputError, match=r"another base.*language_model\.norm\.weight"):
         load_adapter(other, tmp_path / "a")
     load_adapter(other, tmp_path / "a", force=True)
@@ -98,9 +101,17 @@ def test_wrong_base_is_refused_unless_forced(tmp_path: Path) -> None:
         load_adapter(text_model(), tmp_path / "a")
 
 
-def test_bf16_copy_of_the_same_base_is_accepted(tmp_path: Path) -> None:
-    save_adapter(tuned("layernorm-simple", torch.float32), tmp_path / "a")
-    load_adapter(llava().bfloat16(), tmp_path / "a")
+COPIES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", COPIES, ids=str)
+@pytest.mark.parametrize("trained", COPIES[:2], ids=str)
+def test_rounded_copy_of_the_same_base_is_accepted(trained: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_adapter(tuned("layernorm-simple", trained), tmp_path / "a")
+    base = llava()
+    if trained == torch.bfloat16:  # a bf16 checkpoint in another dtype; of an fp32 one, bf16 and fp16 copies differ
+        base = base.bfloat16()
+    load_adapter(base.to(dtype), tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +339,9 @@ def test_forced_merge_rounds() -> None:
     assert merge(model, force=True).differing < 0.5
 
 
-@pytest.mark.parametrize(("scale", "least", "most"), [(1e-6, 0.1, 0.4), (1e-3, 0.99, 1.01)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("scale", "least", "most"), [(1e-6, 0.15, 0.25), (3e-5, 0.99, 1.01)], ids=["1 to 3000", "1 to 100"]
+)
 def test_lora_in_bf16(scale: float, least: float, most: float) -> None:
     """What is said to be kept of LoRA is what the merged weights keep of it, computed by hand."""
     model = llava().bfloat16()
@@ -405,3 +418,16 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(JobError, match="No space left"):
         save_adapter(tuned("layernorm-simple", torch.float32), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_page_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, rate in (("a", 1e-2), ("b", 2e-2)):
+        save_adapter(tuned("layernorm-simple", torch.float32, rate), f"runs/{name}/adapter")
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    names: dict[str, Any] = {"model": llava()}
+    exec(compile(code, PAGE.name, "exec"), names)
+    assert (tmp_path / "for-peft" / "adapter_config.json").is_file()
+    again = llava()
+    load_adapter(again, "mixed")
+    assert torch.equal(logits(names["model"]), logits(again))

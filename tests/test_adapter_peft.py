@@ -12,6 +12,7 @@ from peft import LNTuningConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+import zoo
 from command import run
 from normtune.adapter import export_peft, load_adapter, merge, remove_adapter, save_adapter
 from normtune.errors import InputError
@@ -77,6 +78,49 @@ def test_peft_loads_what_we_write(base: str, strategy: Any, tmp_path: Path) -> N
         again = BASES[base]()
         load_adapter(again, tmp_path / "peft")
         assert torch.equal(logits(again), wanted)
+
+
+HARD = [
+    "bloom",
+    "gpt_neox",
+    "qwen3_moe",
+    "deepseek_v3",
+    "zamba2",
+    "mamba2",
+    "cohere_qk",
+    "qwen2_vl",
+    "idefics3",
+    "mllama",
+]
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_there_and_back_on_other_architectures(kind: str, tmp_path: Path) -> None:
+    """Ours and PEFT's files, loaded, removed and merged: the same logits, bit by bit, and the base again."""
+
+    def answer(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(**zoo.batch(kind)).logits
+
+    model = zoo.model(kind)
+    before = answer(model)
+    apply(model, "layernorm-simple")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    wanted = answer(model)
+    assert not torch.equal(wanted, before)
+    save_adapter(model, tmp_path / "ours")
+    export_peft(model, tmp_path / "peft")
+    assert torch.equal(answer(PeftModel.from_pretrained(zoo.model(kind), tmp_path / "peft").base_model.model), wanted)
+    base = zoo.model(kind)
+    for folder in ("ours", "peft"):
+        load_adapter(base, tmp_path / folder)
+        assert torch.equal(answer(base), wanted)
+        remove_adapter(base)
+        assert torch.equal(answer(base), before)
+    merge(model)
+    assert torch.equal(answer(model), wanted)
 
 
 def test_only_tuned_modules_are_written(tmp_path: Path) -> None:

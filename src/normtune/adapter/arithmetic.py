@@ -193,8 +193,9 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def far(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are more than a rounding to bf16 or fp16 apart."""
-    return a.shape != b.shape or not torch.allclose(a.float(), b.float(), rtol=2**-7, atol=1e-6)
+    """Whether two fp32 tensors are different and neither is the other one rounded to bf16 or fp16."""
+    rounded = (torch.bfloat16, torch.float16)
+    return not (same(a, b) or any(same(a.to(d).float(), b) or same(a, b.to(d).float()) for d in rounded))
 
 
 def refuse_lora(verb: str, *adapters: Adapter) -> None:

@@ -237,7 +237,7 @@ def verify_base(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     """Refuses a base whose gains are not those of the adapter's; a bf16 or fp16 copy of a base is the same base."""
     state, own = tuning(model), base_gains(model)
     present = parameters(model)
-    own.update({n: present[n].detach().cpu() for n in adapter.base if n not in own and n in present})
+    own.update({n: present[n].detach().cpu().float() for n in adapter.base if n not in own and n in present})
     vision = {name for name in own if name.rpartition(".")[0] in state.anatomy.vision_norms}
     wrong = other_base(adapter.base, own, vision)
     if wrong is not None:
