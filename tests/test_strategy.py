@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -196,12 +197,28 @@ def test_cast_linear_saves_no_copy_of_the_weight() -> None:
     assert weight.grad is not None and weight.grad.dtype == torch.float32
 
 
-def test_apply_costs_only_the_trainable_tensors() -> None:
-    model = llava().bfloat16()
-    before = sum(p.numel() * p.element_size() for p in model.parameters())
-    report = apply(model, "layernorm-simple")
-    after = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert after - before == report.bytes // 2
+def live_bytes() -> int:
+    """Of all tensor storages that Python can reach."""
+    gc.collect()
+    found = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and not t.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("strategy", ["layernorm-simple", "layernorm", "full"])
+def test_apply_allocates_the_trainable_tensors_and_nothing_else(strategy: str, dtype: torch.dtype) -> None:
+    """bf16: an fp32 tensor for each trainable one; gains leave their old tensor as the base's value, others free it.
+    fp32: nothing but that copy of the trainable gains."""
+    model = llava().to(dtype)
+    tuning(model)
+    before = live_bytes()
+    report = apply(model, strategy)
+    gains = sum(p.numel() for n, p in model.named_parameters() if n in tuning(model).base)
+    assert gains >= 4 * 32
+    if dtype == torch.float32:
+        assert live_bytes() - before == 4 * gains
+    else:
+        assert live_bytes() - before == report.bytes - 2 * (report.parameters - gains)
 
 
 @pytest.mark.parametrize(

@@ -15,43 +15,59 @@ _HOMES = {
     "JobError": "errors",
     "Anatomy": "structure",
     "anatomy": "structure",
+    "Formula": "structure",
+    "formula": "structure",
     "Report": "strategy",
     "apply": "strategy",
+    "movement": "strategy",
+    "parameter_groups": "strategy",
+    "check_step_size": "strategy",
     "assemble": "model",
     "load": "model",
     "save": "model",
+    "Adapter": "adapter",
     "save_adapter": "adapter",
     "load_adapter": "adapter",
+    "set_adapter": "adapter",
+    "export_peft": "adapter",
     "remove_adapter": "adapter",
     "merge": "adapter",
     "open_tuned": "tuned",
 }
 
 __all__ = [
+    "Adapter",
     "Anatomy",
+    "Formula",
     "InputError",
     "JobError",
     "Report",
     "anatomy",
     "apply",
     "assemble",
+    "check_step_size",
     "evaluate",
+    "export_peft",
+    "formula",
     "load",
     "load_adapter",
     "merge",
+    "movement",
     "open_tuned",
+    "parameter_groups",
     "remove_adapter",
     "save",
     "save_adapter",
+    "set_adapter",
     "train",
 ]
 
 if TYPE_CHECKING:
-    from normtune.adapter import load_adapter, merge, remove_adapter, save_adapter
+    from normtune.adapter import Adapter, export_peft, load_adapter, merge, remove_adapter, save_adapter, set_adapter
     from normtune.errors import InputError, JobError
     from normtune.model import assemble, load, save
-    from normtune.strategy import Report, apply
-    from normtune.structure import Anatomy, anatomy
+    from normtune.strategy import Report, apply, check_step_size, movement, parameter_groups
+    from normtune.structure import Anatomy, Formula, anatomy, formula
     from normtune.tuned import open_tuned
 
 
