@@ -133,7 +133,7 @@ def test_damaged_adapter(what: str, tmp_path: Path) -> None:
         save_file(weights, folder / "lora" / "adapter_model.safetensors")
     elif what == "lora options":
         record = json.loads((folder / "adapter.json").read_text())
-        (folder / "adapter.json").write_text(json.dumps({**record, "lora": {"rank": 4}}))
+        (folder / "adapter.json").write_text(json.dumps({**record, "lora": ["rank"]}))
     elif what == "json":
         (folder / "adapter.json").write_text('{"format": 1,\n oops')
     elif what == "format":

@@ -66,7 +66,7 @@ def save_adapter(model: nn.Module, folder: str | Path, **facts: Any) -> Path:
 
 
 def capture(model: nn.Module, **facts: Any) -> Adapter:
-    """The adapter that `save_adapter` writes, in memory: copies of the trained tensors, fp32 on the CPU.
+    """The adapter that `save_adapter` writes; fp32 tensors of a model on the CPU are the model's own, not copies.
 
     Raises:
         InputError: nothing was tuned.
@@ -75,7 +75,7 @@ def capture(model: nn.Module, **facts: Any) -> Adapter:
     names = [name for name in state.tuned if name in present]
     if not names and state.lora is None:
         raise InputError("the model has no tuned tensors; call normtune.apply and train before saving an adapter")
-    tensors = {name: present[name].detach().to("cpu", torch.float32, copy=True) for name in names}
+    tensors = {name: present[name].detach().to("cpu", torch.float32) for name in names}
     report = state.report
     record = {
         "format": FORMAT,

@@ -40,7 +40,7 @@ def lora_of(model: nn.Module) -> Lora:
 
 def check_lora(model: nn.Module, options: dict[str, Any], lora: Lora, folder: Path) -> None:
     """Raises InputError, naming the first layer whose LoRA is not whole or not of this model."""
-    if not {"rank", "alpha", "dropout", "seed"} <= options.keys():
+    if not isinstance(options, dict) or not {"rank", "alpha", "dropout", "seed"} <= options.keys():
         raise InputError(f"{folder / 'adapter.json'} is damaged (options of lora); copy the adapter again")
     present, wanted = parameters(model), lora_targets(tuning(model).anatomy, options.get("targets"))
     for name in {**dict.fromkeys(wanted), **dict.fromkeys(lora_layers(lora))}:
