@@ -35,7 +35,7 @@ def below(model: Any, roots: Sequence[str]) -> set[str]:
 
 def expected(row: Row, model: Any) -> dict[str, list[str]]:
     connector = below(model, row.connector)
-    norms = [f"{root}.{leaf}" for root in row.vision for leaf in row.vision_norms]
+    norms = [leaf if leaf.startswith(row.vision) else f"{row.vision[0]}.{leaf}" for leaf in row.vision_norms]
     return {
         "norms": row.full(row.norms),
         "final_norm": [row.final_norm],

@@ -57,6 +57,7 @@ class Row:
         formula, eps, compute: of the norms on the residual stream; where `compute` is empty, RMSNorms with a plain gain
             round before the gain is multiplied (as Llama's), and the others at the end.
         vision, connector: roots; a connector inside the vision module counts as connector alone.
+        vision_norms: inside the first root (a star is the index of a layer), or full names.
         loose: parameters beside LLM, encoder and connector that belong to no module of their own.
     """
 
@@ -533,6 +534,25 @@ MLLM: dict[str, Row] = {
         norms=FOUR, qk_norms=QK, connector=("model.embed_vision",), batch=positions, compute="float32",
         vision_norms=(*(f"encoder.layers.*.{name}" for name in FOUR),
                       *(f"encoder.layers.*.{name}" for name in QK)),
+    ),
+    "gemma4_audio": mllm(  # a tower with convolutions for sound beside one without for images
+        "gemma4", "gemma4_text",
+        {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 2, "head_dim": 8, "patch_size": 8, "pooling_kernel_size": 2,
+         "position_embedding_size": 16, "rms_norm_eps": RMS_EPS},
+        {"audio_config": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                          "subsampling_conv_channels": [4, 2], "output_proj_dims": 16}},
+        text_config={"layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0},
+        norms=FOUR, qk_norms=QK, vision=("model.vision_tower", "model.audio_tower"), batch=positions,
+        connector=("model.embed_vision", "model.embed_audio"), compute="float32",
+        vision_norms=(*(f"encoder.layers.*.{name}" for name in FOUR),
+                      *(f"encoder.layers.*.{name}" for name in QK),
+                      *(f"model.audio_tower.subsample_conv_projection.layer{i}.norm" for i in (0, 1)),
+                      *(f"model.audio_tower.layers.*.{part}.{place}_layer_norm"
+                        for part in ("feed_forward1", "feed_forward2") for place in ("pre", "post")),
+                      "model.audio_tower.layers.*.lconv1d.pre_layer_norm",
+                      "model.audio_tower.layers.*.lconv1d.conv_norm",
+                      *(f"model.audio_tower.layers.*.norm_{place}" for place in ("pre_attn", "post_attn", "out"))),
     ),
     "blip-2": mllm(  # two connectors, the first with blocks of its own
         "blip-2", "opt", TOWER, {"num_query_tokens": 4, "qformer_config": QFORMER, "image_token_index": IMAGE},
