@@ -519,8 +519,8 @@ def test_parts_in_the_wrong_place(llm_folder: Path, vision_folder: Path, mllm_fo
     rejected(lambda: load(vision_folder), "takes no images")
     rejected(lambda: assemble(llm_folder, vision_folder, connector="mpl"), "'mpl'", "mlp, linear")
     for call in (lambda d: assemble(llm_folder, vision_folder, dtype=d), lambda d: load(mllm_folder, dtype=d)):
-        for dtype in ("float16", "nf4"):
-            rejected(lambda call=call, dtype=dtype: call(dtype), dtype, "float32, bfloat16")  # type: ignore[misc]
+        for dtype in ("float16", "fp8"):
+            rejected(lambda call=call, dtype=dtype: call(dtype), dtype, "float32", "nf4")  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

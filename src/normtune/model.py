@@ -1,7 +1,7 @@
 """From an LLM and a vision encoder to a stock LLaVA model, and to and from folders.
 
 Scope: `assemble` joins the parts without changing a weight, `load` reads an existing MLLM, `save` writes a folder
-that transformers loads without this package. Non-scope: what is trained (`strategy.py`), quantized bases.
+that transformers loads without this package. Non-scope: what is trained (`strategy`).
 Source: LLaVA-1.5 (Liu et al., 2023) as transformers' `LlavaForConditionalGeneration` and `LlavaProcessor`.
 
 The parts are loaded once and moved into a model built on the meta device, so that a 7B model is never in memory twice.
@@ -39,7 +39,8 @@ from transformers.models.auto.modeling_auto import (
 
 from normtune import templates
 from normtune.errors import InputError
-from normtune.pretrained import CHECKED, TRUSTED, check_complete, locate, read_config, reading, torch_dtype
+from normtune.kernels import keep_differentiable
+from normtune.pretrained import CHECKED, TRUSTED, check_complete, locate, read_config, reading, torch_dtype, weights_in
 from normtune.probes import Features, check_text, probe_encoder, probe_llm
 from normtune.runlog import atomic_folder
 from normtune.templates import IMAGE_TOKEN
@@ -58,10 +59,11 @@ def assemble(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Join a causal LLM and a vision encoder (folders or hub ids) by a new connector; on the CPU, in eval mode.
 
-    All weights of both parts keep their values, cast to `dtype` (float32 or bfloat16). The connector (`mlp`: two
-    layers with GELU; `linear`: one layer, the second a frozen identity) is drawn from `seed`; no global random
-    state is read or changed. `model.notes` lists the choices made where the LLM left one open (chat template, pad
-    token, resized or untied embedding); they are logged as warnings, too.
+    All weights of both parts keep their values, cast to `dtype` (float32, bfloat16; nf4 or int8: the linear layers in
+    the LLM's blocks are quantized by bitsandbytes, all else is bfloat16). The connector (`mlp`: two layers with GELU;
+    `linear`: one layer, the second a frozen identity) is drawn from `seed`; no global random state is read or changed.
+    `model.notes` lists the choices made where the LLM left one open (chat template, pad token, resized or untied
+    embedding); they are logged as warnings, too.
 
     Raises InputError: unknown connector or dtype, a part that cannot be read or does not fit stock LLaVA.
     """
@@ -70,7 +72,7 @@ def assemble(
     precision = torch_dtype(dtype)
     notes: list[str] = []
     with torch.random.fork_rng(devices=[]):
-        language, tokenizer = _load_llm(llm, precision)
+        language, tokenizer = _load_llm(llm, dtype)
         encoder, image_processor = _load_encoder(vision, precision)
         features = probe_encoder(encoder, image_processor, os.fspath(vision))
         if getattr(image_processor, "crop_size", None) is None:
@@ -101,10 +103,10 @@ def assemble(
 def load(path: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any]:
     """An existing MLLM (folder or hub id, any image-text-to-text model of transformers) and its processor.
 
-    Weights in `dtype` (float32 or bfloat16), on the CPU, in eval mode. The identity layer of a `linear` connector is
+    Weights in `dtype` (as in `assemble`), on the CPU, in eval mode. The identity layer of a `linear` connector is
     frozen again. Raises InputError: no such folder, broken or incomplete files, not an MLLM.
     """
-    precision = torch_dtype(dtype)
+    torch_dtype(dtype)
     source = locate(path, "model")
     config = read_config(source, "model")
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -119,8 +121,10 @@ def load(path: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any
             f"model {path} has no processor (processor_config.json, tokenizer files).\nCopy or download them as well."
         )
     with reading("model", source):
-        model, info = AutoModelForImageTextToText.from_pretrained(source, dtype=precision, **CHECKED)
+        options = weights_in(dtype, config, AutoModelForImageTextToText)
+        model, info = AutoModelForImageTextToText.from_pretrained(source, **options, **CHECKED)
     check_complete(info, "model", source)
+    keep_differentiable(model)
     projector = getattr(model.base_model, "multi_modal_projector", None)
     if getattr(model.config, "projector_hidden_act", None) == CONNECTORS["linear"] and projector is not None:
         _freeze_identity(projector.linear_2)
@@ -135,9 +139,14 @@ def load(path: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any
 def save(model: Any, processor: Any, folder: str | os.PathLike[str]) -> None:
     """Write model and processor into `folder`, complete or not at all, as transformers loads them.
 
-    Raises InputError if the folder exists and is not empty, JobError if it cannot be written (disk full); what was
-    written up to then is removed.
+    Raises InputError if the folder exists and is not empty or the model is quantized, JobError if it cannot be written
+    (disk full); what was written up to then is removed.
     """
+    if getattr(model, "is_quantized", False):
+        raise InputError(
+            "a quantized model is not saved: its folder would hold rounded weights.\nSave its adapter "
+            "(normtune.save_adapter), or merge that onto the model in bfloat16."
+        )
     with atomic_folder(Path(folder).expanduser()) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
@@ -145,7 +154,7 @@ def save(model: Any, processor: Any, folder: str | os.PathLike[str]) -> None:
         processor.image_processor.save_pretrained(temporary)
 
 
-def _load_llm(reference: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_llm(reference: str | os.PathLike[str], dtype: str) -> tuple[Any, Any]:
     """The causal LM, its weights in `dtype`, and its tokenizer."""
     source = locate(reference, "LLM")
     config = read_config(source, "LLM")
@@ -162,8 +171,10 @@ def _load_llm(reference: str | os.PathLike[str], dtype: torch.dtype) -> tuple[An
             f"LLM {reference} has no usable tokenizer (tokenizer.json).\nCopy or download its tokenizer files as well."
         )
     with reading("LLM", source):
-        language, info = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **CHECKED)
+        options = weights_in(dtype, config, AutoModelForCausalLM)
+        language, info = AutoModelForCausalLM.from_pretrained(source, **options, **CHECKED)
     check_complete(info, "LLM", source)
+    keep_differentiable(language)
     return language.eval(), tokenizer
 
 
@@ -263,6 +274,7 @@ def _join(
     model.model.language_model, model.model.vision_tower = language.base_model, encoder
     model.lm_head = head
     model.tie_weights()
+    _mark_quantized(model, language)
     for part in (config.text_config, config.vision_config):
         if Path(part.name_or_path).is_dir():
             part.name_or_path = ""  # a hub id says where a part is from; a path on this machine is nobody's business
@@ -270,6 +282,17 @@ def _join(
     # checkpoints have (vision_tower.vision_model...), which other engines expect.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     return model
+
+
+def _mark_quantized(model: Any, language: Any) -> None:
+    """What transformers and PEFT ask a quantized model for, from the LLM to the model around it."""
+    if not getattr(language, "is_quantized", False):
+        return
+    for name in ("is_quantized", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if name in vars(language):
+            setattr(model, name, getattr(language, name))
+    model.config.quantization_config = model.config.text_config.quantization_config
+    del model.config.text_config.quantization_config
 
 
 def _draw_connector(model: LlavaForConditionalGeneration, dtype: torch.dtype, seed: int) -> None:

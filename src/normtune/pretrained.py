@@ -7,8 +7,11 @@ Source: the file layout that `save_pretrained` of transformers writes; the safet
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +20,19 @@ from typing import Any
 import torch
 from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
+from torch import nn
+from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from normtune.errors import InputError, JobError
+from normtune.structure import dissect
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "nf4": torch.bfloat16, "int8": torch.bfloat16}
+"""Name in a recipe -> dtype of activations and of every weight that is not quantized."""
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+    "int8": {"load_in_8bit": True},
+}
 
 TRUSTED: dict[str, Any] = {"trust_remote_code": False}
 """Options of every `from_pretrained`: code in a model folder is never run, and transformers never asks whether."""
@@ -44,10 +54,34 @@ _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of frozen weights by its name in a recipe; InputError for any other name."""
+    """The dtype of frozen weights by its name in a recipe (for `nf4` and `int8`, of those that stay unquantized).
+
+    Raises InputError for any other name, and where bitsandbytes is needed and missing.
+    """
+    if name == "float16":
+        raise InputError(
+            "dtype 'float16' is not available: beyond 65504 its activations overflow, and its gradients need a scaled "
+            "loss.\nChoose bfloat16 (as small, and every float32 fits), float32, nf4 or int8."
+        )
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is not available.\nChoose one of: {', '.join(DTYPES)}.")
+    if name in QUANTIZED and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"dtype {name!r} needs bitsandbytes, which is missing.\nRun: pip install 'normtune[quant]'")
     return DTYPES[name]
+
+
+def weights_in(name: str, config: Any, kind: Any) -> dict[str, Any]:
+    """Options of `kind.from_pretrained` for weights in dtype `name`: what is quantized are the LLM's block linears."""
+    options: dict[str, Any] = {"dtype": torch_dtype(name)}
+    if name in QUANTIZED:
+        with torch.device("meta"):
+            empty = kind.from_config(copy.deepcopy(config))
+        inside = set(dissect(empty).linears)
+        others = [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and n not in inside]
+        skipped = [re.escape(n) for n in others]  # transformers reads them as patterns
+        options["quantization_config"] = BitsAndBytesConfig(**QUANTIZED[name], llm_int8_skip_modules=skipped)
+        options["device_map"] = {"": "cpu"}
+    return options
 
 
 def locate(reference: str | os.PathLike[str], what: str, weights: bool = True) -> str:

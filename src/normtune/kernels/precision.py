@@ -34,8 +34,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
+from normtune.kernels.quantized import TRAINABLE
+
 Forward = Callable[..., Any]
-TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HOOKED = "_old_forward"
 """Where accelerate's hooks, which replace `forward`, keep the forward that they found."""
 
@@ -99,14 +100,6 @@ def demote(module: nn.Module) -> None:
 def is_native(forward: Forward, module: nn.Module) -> bool:
     """Whether an instance's forward is just its class's, as accelerate leaves it there."""
     return isinstance(forward, MethodType) and forward.__func__ is type(module).forward and forward.__self__ is module
-
-
-def is_quantized(parameter: torch.Tensor) -> bool:
-    """Whether a parameter holds packed or 8-bit values, which cannot be trained.
-
-    bitsandbytes' 4-bit weights can pose as bf16 (its `quant_storage`), hence the look at their class.
-    """
-    return parameter.dtype not in TRAINABLE or type(parameter).__module__.partition(".")[0] == "bitsandbytes"
 
 
 # The four forwards: (module, the instance's forward that was there or None, activation dtype, then the module's own).
