@@ -62,7 +62,7 @@ def test_override(override: str, read) -> None:
         ("stages.0.name=instruct", ["same name"]),
         ("model.path=x", ["path is an existing"]),
         ("model.vision=null", ["llm and vision"]),
-        ("model.dtype=nf4", ["model.dtype", "bfloat16"]),
+        ("model.dtype=float16", ["model.dtype", "bfloat16"]),
         ("save_every=soon", ["save_every", "10m"]),
         ("evaluate={benchmarks: [popes], data: d}", ["'popes'", "'pope'"]),
         ("stages.0.data=[]", ["stages.0.data"]),

@@ -33,7 +33,9 @@ class ModelRecipe(Node):
     vision: str | None = Field(None, description="vision encoder: folder or hub id")
     connector: Literal["linear", "mlp"] = Field("mlp", description="linear (the paper's) or mlp (LLaVA-1.5's)")
     path: str | None = Field(None, description="an existing MLLM to tune instead of llm + vision")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="dtype of the frozen weights")
+    dtype: Literal["float32", "bfloat16", "nf4", "int8"] = Field(
+        "bfloat16", description="of the frozen weights; nf4 and int8 quantize the LLM's blocks (needs bitsandbytes)"
+    )
 
     @model_validator(mode="after")
     def one_way(self) -> ModelRecipe:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from normtune.errors import InputError
-from normtune.kernels import is_quantized
+from normtune.kernels import is_quantized, keep_differentiable
 from normtune.strategy.lora import add_lora, lora_targets, remove_lora
 from normtune.strategy.state import GAIN_PARTS, Tuning, count, gain_names, plain, set_trainable, tuning
 from normtune.strategy.table import resolve, select
@@ -81,6 +81,7 @@ def apply(
     state = tuning(model)
     part_of, skipped = select(model, state.anatomy, parts, explicit)
     refuse(model, state, part_of, label)
+    keep_differentiable(model)
     if "lora" in parts:
         chosen = None if targets is None else list(targets)
         options = {"rank": rank, "alpha": alpha, "dropout": dropout, "seed": seed, "targets": chosen}

@@ -80,12 +80,13 @@ def count(parameter: torch.Tensor) -> int:
 
 
 def gain_names(model: nn.Module, found: Anatomy) -> dict[str, str]:
-    """Name of every gain and bias of a norm -> its part."""
+    """Name of every gain and bias of a norm -> its part; those of a block that is used twice have one name."""
+    names = {id(p): name for name, p in parameters(model).items()}
     return {
-        f"{root}.{key}": part
+        names[id(parameter)]: part
         for part in GAIN_PARTS
         for root in found.modules(part)
-        for key, _ in model.get_submodule(root).named_parameters()
+        for parameter in model.get_submodule(root).parameters()
     }
 
 
