@@ -26,6 +26,7 @@ class BlockParts:
     attn: list[str] = field(default_factory=list)
     roles: dict[str, list[str]] = field(default_factory=lambda: {role: [] for role in ("q", "k", "v", "o", "qkv")})
     mlp: list[str] = field(default_factory=list)
+    behind: list[str] = field(default_factory=list)  # what stands behind a norm in one module with it
 
 
 def named(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
@@ -38,6 +39,7 @@ def block_parts(block: nn.Module, prefix: str, finder: NormFinder, width: int) -
     """Sorts the children of a block; a child that only wraps norms and attention (DBRX) is looked into."""
     parts = BlockParts()
     collect(block, prefix, finder, width, parts)
+    parts.mlp = parts.mlp or parts.behind  # beside an MLP it is a gate, which belongs to no part of its own
     return parts
 
 
@@ -55,13 +57,15 @@ def collect(owner: nn.Module, prefix: str, finder: NormFinder, width: int, parts
                 for role, found in projections(child, name, width).items():
                     parts.roles[role] += found
         elif starts_with_norm(child, finder, width):
-            parts.norms.append(f"{name}.{next(child.named_children())[0]}")
+            first, *rest = child.named_children()
+            parts.norms.append(f"{name}.{first[0]}")
+            parts.behind += [f"{name}.{key}" for key, m in rest if any(p.dim() > 1 for p in m.parameters())]
         elif any(p.dim() > 1 for p in child.parameters()):
             parts.mlp.append(name)
 
 
 def starts_with_norm(module: nn.Module, finder: NormFinder, width: int) -> bool:
-    """A norm of the residual stream with something behind it, such as a gate, which belongs to no part of its own."""
+    """A norm of the residual stream with something behind it: a gate, or in some blocks the MLP."""
     first = next(module.children(), None)
     return first is not None and finder.is_norm(first) and own_parameters(first)[0].shape == (width,)
 

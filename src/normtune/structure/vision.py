@@ -27,7 +27,7 @@ def find_vision(
         if not step:  # inside the LLM's own module: an encoder may be there, anything else belongs to the LLM
             inside = {f"{owner_name}.{key}" if owner_name else key: child for key, child in owner.named_children()}
             inside.pop(blocks)
-            beside |= {name: child for name, child in inside.items() if name in find_encoders(inside, sure=True)}
+            beside |= {name: child for name, child in inside.items() if name in find_encoders(model, inside, sure=True)}
             break
         loose += [f"{owner_name}.{key}" if owner_name else key for key, _ in owner.named_parameters(recurse=False)]
         for child_name, child in owner.named_children():
@@ -36,7 +36,7 @@ def find_vision(
                 continue
             beside[name] = child
         owner_name = f"{owner_name}.{step}" if owner_name else step
-    encoders = find_encoders(beside)
+    encoders = find_encoders(model, beside)
     connector = [name for name in beside if name not in encoders]
     if not encoders and head is not None:  # what stands beside the head of a text LLM belongs to the head
         names = {id(module): name for name, module in model.named_modules()}
@@ -54,18 +54,25 @@ def find_vision(
     return vision, connector, loose
 
 
-def find_encoders(beside: dict[str, nn.Module], sure: bool = False) -> list[str]:
-    """Those with layers and a convolution (over patches, or over sound); where none convolves, the largest with layers.
+def find_encoders(model: nn.Module, beside: dict[str, nn.Module], sure: bool = False) -> list[str]:
+    """Those with layers and a vision or audio config, or a convolution; else the largest one with layers.
 
     Args:
-        sure: only those with a convolution.
+        sure: leave out the last rule.
     """
+    config = getattr(model, "config", None)
+    own = {type(getattr(config, key, None)) for key in ("vision_config", "audio_config")} - {type(None)}
     layered = {
         name: module
         for name, module in beside.items()
         if any(isinstance(m, nn.ModuleList | nn.Sequential) for m in module.modules())
     }
-    found = [n for n, m in layered.items() if any(isinstance(c, nn.modules.conv._ConvNd) for c in m.modules())]
+    found = [
+        name
+        for name, module in layered.items()
+        if type(getattr(module, "config", None)) in own
+        or any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules())
+    ]
     if found or not layered or sure:
         return found
     return [max(layered, key=lambda name: sum(p.numel() for p in layered[name].parameters()))]
