@@ -67,7 +67,7 @@ OPEN: dict[str, Callable[[dict[str, Path], str], Any]] = {
 @pytest.mark.parametrize("way", OPEN)
 @pytest.mark.parametrize("dtype", KINDS)
 def test_only_the_linear_layers_of_the_llms_blocks_are_quantized(
-    dtype: str, way: str, folders: dict[str, Path]
+    dtype: str, way: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = OPEN[way](folders, dtype)
     linears = {f"model.language_model.layers.{i}.{name}_proj.weight" for i in (0, 1) for name in (
@@ -76,7 +76,9 @@ def test_only_the_linear_layers_of_the_llms_blocks_are_quantized(
     assert packed(model).keys() == linears
     assert {p.dtype for name, p in model.named_parameters() if name not in linears} == {BF16}
     assert model.is_quantized and model.config.quantization_config.quant_method == "bitsandbytes"
+    caplog.clear()
     assert model(**batch(model)).logits.dtype == BF16
+    assert not caplog.records
 
 
 @needs_bitsandbytes

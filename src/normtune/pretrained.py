@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ def weights_in(name: str, config: Any, kind: Any) -> dict[str, Any]:
     """Options of `kind.from_pretrained` for weights in dtype `name`: what is quantized are the LLM's block linears."""
     options: dict[str, Any] = {"dtype": torch_dtype(name)}
     if name in QUANTIZED:
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 warns in every layer of every step
         with torch.device("meta"):
             empty = kind.from_config(copy.deepcopy(config))
         inside = set(dissect(empty).linears)
