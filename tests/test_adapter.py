@@ -332,6 +332,19 @@ def test_merge_into_bf16_where_the_tuning_is_large() -> None:
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as in the base", "bf16"])
+@pytest.mark.parametrize("strategy", ["layernorm-simple", "lora"])
+def test_tensors_that_the_base_keeps_in_fp32_stay_so_in_a_merge(strategy: str, dtype: torch.dtype | None) -> None:
+    model = llava().bfloat16()
+    tower = model.model.vision_tower.float()
+    query = model.model.language_model.layers[0].self_attn.q_proj.float()
+    apply(model, strategy, rank=2)
+    merge(model, dtype, force=True)
+    assert {p.dtype for p in tower.parameters()} == {dtype or torch.float32}
+    assert query.weight.dtype == (dtype or torch.float32)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
 def test_forced_merge_rounds() -> None:
     model = llava().bfloat16()
     apply(model, "layernorm-simple")

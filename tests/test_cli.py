@@ -124,6 +124,23 @@ def test_chat_export_merge_norms(recipe: dict[str, Any], here: Path, capsys: pyt
     assert parts["norms"]["modules"] == 4 and parts["connector"]["modules"] == 1
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", ["nf4", "int8"])
+def test_run_on_a_quantized_base_trains_answers_and_leaves_unquantized(
+    dtype: str, recipe: dict[str, Any], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    recipe["model"]["dtype"] = dtype
+    assert run("train", write(recipe), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["stages"][1]["moved_percent"] == 100.0
+    assert run("chat", "runs/toy", "Hello", "--max-new-tokens", "3") == 0
+    assert run("export", "runs/toy", "--out", "out", "--dtype", "float32") == 0
+    assert "quantization_config" not in json.loads((here / "out" / "config.json").read_text())
+    assert run("train", "recipe.yaml", "stages.1.strategy=full", "--out", "other") == 2
+    message = capsys.readouterr().err
+    assert "is quantized and cannot be trained" in message and not (here / "other").exists()
+
+
 @pytest.fixture
 def configs(here: Path) -> Path:
     """Configs alone, as they lie in a model folder before its weights are downloaded."""

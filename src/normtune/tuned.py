@@ -39,8 +39,17 @@ def build(recipe: ModelRecipe, seed: int = 0) -> tuple[nn.Module, Any]:
     return assemble(recipe.llm, recipe.vision, connector=recipe.connector, dtype=recipe.dtype, seed=seed)
 
 
-def open_tuned(path: str | Path, *, force: bool = False) -> Tuned:
+def floating(recipe: ModelRecipe) -> ModelRecipe:
+    """The same model with a bfloat16 base where it is quantized."""
+    return recipe.model_copy(update={"dtype": "bfloat16"}) if recipe.dtype in ("nf4", "int8") else recipe
+
+
+def open_tuned(path: str | Path, *, force: bool = False, unquantized: bool = False) -> Tuned:
     """Opens a run folder, its adapter folder, or an MLLM folder (or hub id).
+
+    Args:
+        force: also where the base's gains are not those that the adapter was trained on.
+        unquantized: open the base of a run on nf4 or int8 in bfloat16, to merge into.
 
     Raises:
         InputError: neither of these, a run that has no adapter yet, or an adapter of another base.
@@ -52,7 +61,7 @@ def open_tuned(path: str | Path, *, force: bool = False) -> Tuned:
                 f"{folder} has no adapter yet: the run is not finished; go on with `normtune train --resume`"
             )
         recipe = load_recipe(folder / "recipe.yaml")
-        model, processor = build(recipe.model, recipe.seed)
+        model, processor = build(floating(recipe.model) if unquantized else recipe.model, recipe.seed)
         return Tuned(model, processor, recipe, load_adapter(model, folder / "adapter", force=force))
     if (folder / "adapter.json").is_file():
         _, record = read_adapter(folder)
@@ -61,7 +70,8 @@ def open_tuned(path: str | Path, *, force: bool = False) -> Tuned:
             raise InputError(
                 f"{folder}: the adapter does not say which model it belongs to; load it with normtune.load_adapter"
             )
-        model, processor = build(ModelRecipe.model_validate(base["model"]), base["seed"])
+        base_recipe = ModelRecipe.model_validate(base["model"])
+        model, processor = build(floating(base_recipe) if unquantized else base_recipe, base["seed"])
         return Tuned(model, processor, None, load_adapter(model, folder, force=force))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(

@@ -112,7 +112,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, force: bool = F
     Of several loaded adapters the active one is merged; the others are forgotten.
 
     Args:
-        dtype: of the merged floating-point weights (default: the base's).
+        dtype: of all floating-point weights of the merged model (default: each as in the base).
         least: smallest share of the tuning that must survive rounding.
 
     Raises:
@@ -126,10 +126,9 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, force: bool = F
             "save the adapter, load it onto the base in bfloat16 or float32, and merge there"
         )
     state = tuning(model)
-    dtype = dtype or state.dtype
-    result = survival(model, dtype)
+    result = survival(model, dtype or state.dtype)
     if result.worst < least and not force:
-        name = str(dtype).removeprefix("torch.")
+        name = str(dtype or state.dtype).removeprefix("torch.")
         raise JobError(
             f"merging into {name} would round the tuning away: {result};\n"
             "merge with --dtype float32 (larger files, nothing lost), or --force"
@@ -137,12 +136,12 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, force: bool = F
     fold_lora(model, state, dtype)
     for module in model.modules():
         demote(module)
-    for parameter in model.parameters():
+    for name, parameter in parameters(model).items():
         parameter.requires_grad_(False)
         if parameter.dtype.is_floating_point:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype or state.origin.get(name, parameter.dtype))
     if hasattr(model, "config"):
-        set_config_dtype(model.config, dtype)
+        set_config_dtype(model.config, dtype or state.dtype)
     for key in ("_normtune", KEY):
         vars(model).pop(key, None)
     return result
@@ -154,10 +153,11 @@ def set_config_dtype(config: Any, dtype: torch.dtype) -> None:
             part.dtype = dtype
 
 
-def fold_lora(model: nn.Module, state: Tuning, dtype: torch.dtype) -> None:
-    """W + alpha / r * B A into the layer's own weight of `dtype`, by PEFT."""
+def fold_lora(model: nn.Module, state: Tuning, dtype: torch.dtype | None) -> None:
+    """W + alpha / r * B A into the layer's own weight, summed in fp32 and rounded once, layer by layer."""
+    names = {id(p): name for name, p in parameters(model).items()}
     for layer in list(lora_layers(model, state)):
-        for parameter in layer.base_layer.parameters():
-            parameter.data = parameter.data.to(dtype)
-        layer.merge()
+        weight = layer.base_layer.weight
+        target = dtype or state.origin.get(names[id(weight)], weight.dtype)
+        weight.data = (weight.data.float() + layer.get_delta_weight(LORA_NAME).float()).to(target)
     remove_lora(model, state)

@@ -70,7 +70,7 @@ def write_peft(run: str, out: Path, dtype: Dtype | None, force: bool) -> None:
     from normtune.adapter import export_peft
     from normtune.tuned import open_tuned
 
-    export_peft(open_tuned(run, force=force).model, out)
+    export_peft(open_tuned(run, force=force, unquantized=True).model, out)
     print(f"{out}: an adapter in PEFT's format, float32")
     print(f"loads with peft: PeftModel.from_pretrained(base, {str(out)!r})")
     print("PEFT keeps it in the dtype of the base: in bfloat16 it rounds the gains; load a float32 base for our logits")
@@ -84,7 +84,7 @@ def write_merged(run: str, out: Path, dtype: Dtype | None, force: bool) -> None:
     from normtune.model import save
     from normtune.tuned import open_tuned
 
-    tuned = open_tuned(run, force=force)
+    tuned = open_tuned(run, force=force, unquantized=True)
     result = merge(tuned.model, getattr(torch, dtype.value) if dtype else None, force=force)
     save(tuned.model, tuned.processor, out)
     print(f"{out}: {result}")
