@@ -268,6 +268,27 @@ def test_foreign_forwards_survive_promote_and_demote(foreign: str, is_norm: bool
     assert torch.equal(module(x), wanted)
 
 
+def test_a_hook_that_is_removed_leaves_our_forward() -> None:
+    module = nn.Linear(H, H).to(BF16)
+    x = torch.randn(4, H, dtype=BF16)
+    wanted = module(x)
+    add_hook_to_module(module, Double())
+    module.weight.data = module.weight.data.float()
+    promote(module, BF16)
+    remove_hook_from_module(module)
+    assert torch.equal(module(x), wanted)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d-gpt2"])
+def test_autocast_sets_the_dtype_as_it_does_for_the_original(kind: str) -> None:
+    original, ours, (x,) = pair(kind)
+    with torch.autocast("cpu", torch.float16):
+        a, b = original(x), ours(x)
+    assert b.dtype == torch.float16 and torch.equal(a, b)
+    b.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
+
+
 @pytest.mark.parametrize("removed_first", [False, True], ids=["hook-stays", "hook-goes"])
 def test_hooks_that_come_after_promote(removed_first: bool) -> None:
     module = nn.Linear(H, H).to(BF16)
