@@ -15,6 +15,7 @@ SOURCE = ROOT / "src" / "normtune"
 # A module may import modules of a lower rank only; a package (recipe, kernels, tasks, ...) counts as one module.
 RANKS = {
     "errors": -1,
+    "layers": -1,
     **dict.fromkeys(("recipe", "structure", "chat", "kernels", "tasks", "runlog", "progress", "images"), 0),
     **dict.fromkeys(("data", "model", "pretrained", "probes", "templates", "skeletons"), 1),
     "strategy": 2,

@@ -19,6 +19,8 @@ _HOMES = {
     "formula": "structure",
     "Report": "strategy",
     "apply": "strategy",
+    "lean": "strategy",
+    "restore": "strategy",
     "movement": "strategy",
     "parameter_groups": "strategy",
     "check_step_size": "strategy",
@@ -49,6 +51,7 @@ __all__ = [
     "evaluate",
     "export_peft",
     "formula",
+    "lean",
     "load",
     "load_adapter",
     "merge",
@@ -56,6 +59,7 @@ __all__ = [
     "open_tuned",
     "parameter_groups",
     "remove_adapter",
+    "restore",
     "save",
     "save_adapter",
     "set_adapter",
@@ -66,7 +70,7 @@ if TYPE_CHECKING:
     from normtune.adapter import Adapter, export_peft, load_adapter, merge, remove_adapter, save_adapter, set_adapter
     from normtune.errors import InputError, JobError
     from normtune.model import assemble, load, save
-    from normtune.strategy import Report, apply, check_step_size, movement, parameter_groups
+    from normtune.strategy import Report, apply, check_step_size, lean, movement, parameter_groups, restore
     from normtune.structure import Anatomy, Formula, anatomy, formula
     from normtune.tuned import open_tuned
 

@@ -42,7 +42,7 @@ from normtune.progress import Bar, say
 from normtune.recipe import Recipe, Stage, load_recipe, override_texts, parse_interval, recipe_hash, to_yaml
 from normtune.runlog import Run
 from normtune.step import Guard, check_rates, make_optimizer, note_of, take_step
-from normtune.strategy import Report, apply, check, tuning
+from normtune.strategy import Report, apply, check, lean, restore, tuning
 from normtune.tuned import build, open_tuned
 
 MICRO_BATCH = 16
@@ -133,6 +133,7 @@ def train(
         if fresh and not list_checkpoints(run.checkpoints):  # nothing was trained: leave no run in the way
             shutil.rmtree(run.folder, ignore_errors=True)
         raise
+    restore(loop.model)
     loop.accelerator.wait_for_everyone()
     if report is None:  # resumed after the last step: the adapter still says which strategy it is of
         report = apply_stage(loop, recipe.stages[-1])
@@ -260,7 +261,8 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     """One stage from `first_step` on: the story of the loop."""
     stage, seed = loop.recipe.stages[index], loop.recipe.seed * 1000 + index
     report = apply_stage(loop, stage)
-    describe(loop, stage, report)
+    swaps = lean(loop.model)
+    describe(loop, stage, report, swaps.left)
     mixture = loop.mixtures[index]
     collator = Collator(loop.processor, stage.max_length)
     per_epoch, total = steps_of(stage, mixture)
@@ -315,14 +317,14 @@ def steps_of(stage: Stage, mixture: Mixture) -> tuple[int, int]:
     return per_epoch, stage.max_steps or stage.epochs * per_epoch
 
 
-def describe(loop: Loop, stage: Stage, report: Report) -> None:
+def describe(loop: Loop, stage: Stage, report: Report, left: list[str]) -> None:
     parts = ", ".join(f"{part} {count:,}" for part, count in report.by_part(loop.model).items())
     skipped = f"; the model has no {', '.join(report.skipped)}" if report.skipped else ""
     loop.say(
         f"{stage.name}: {report.strategy} trains {report.parameters:,} of {report.total:,} parameters "
         f"({report.percent:.4g} %, {report.bytes / 2**20:.2f} MiB in fp32): {parts}{skipped}"
     )
-    for note in report.notes:
+    for note in [*report.notes, *(f"not lean: {what}" for what in left)]:
         loop.say(f"  {note}")
 
 

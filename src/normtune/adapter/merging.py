@@ -15,7 +15,7 @@ from torch import nn
 
 from normtune.adapter.loading import KEY
 from normtune.errors import InputError, JobError
-from normtune.kernels import demote, is_quantized
+from normtune.kernels import demote, is_quantized, restore
 from normtune.strategy import LORA_NAME, Tuning, base_gains, parameters, remove_lora, tuning
 
 
@@ -134,6 +134,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, force: bool = F
             "merge with --dtype float32 (larger files, nothing lost), or --force"
         )
     fold_lora(model, state, dtype)
+    restore(model)
     for module in model.modules():
         demote(module)
     for name, parameter in parameters(model).items():

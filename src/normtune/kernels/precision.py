@@ -20,11 +20,8 @@ Not here: which parameters (strategy).
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -35,31 +32,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
 
 from normtune.kernels.quantized import TRAINABLE
-
-Forward = Callable[..., Any]
-HOOKED = "_old_forward"
-"""Where accelerate's hooks, which replace `forward`, keep the forward that they found."""
+from normtune.kernels.replacing import Forward, Replaced, call, is_plain, put_back, replace
 
 
-class Promoted(functools.partial):  # type: ignore[type-arg]
-    """The forward of a promoted module: `function(module, before, dtype, ...)`, `before` being what was in its place.
-
-    As a partial it follows its module through deepcopy and pickle; as a class of its own it is known again.
-    """
-
-    @property
-    def module(self) -> nn.Module:
-        return self.args[0]  # type: ignore[no-any-return]
-
-    @property
-    def before(self) -> Forward | None:
-        """The instance's own forward that was there, or None: the class's."""
-        return self.args[1]  # type: ignore[no-any-return]
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the module's own forward: structure.py tells attention by its arguments."""
-        return inspect.signature(self.before or MethodType(type(self.module).forward, self.module))
+class Promoted(Replaced):
+    """The forward of a promoted module: `function(module, before, dtype, ...)`."""
 
 
 def promote(module: nn.Module, dtype: torch.dtype, is_norm: bool = False) -> None:
@@ -71,35 +48,17 @@ def promote(module: nn.Module, dtype: torch.dtype, is_norm: bool = False) -> Non
         dtype: activation dtype of the model around it; what the module computes in (a norm: what it returns).
         is_norm: the module is a norm, which computes in fp32.
     """
-    place = HOOKED if HOOKED in vars(module) else "forward"
-    before = vars(module).get(place)
-    if isinstance(before, Promoted):
-        return
     function: Forward = module_forward
     if is_norm:
         function = norm_forward
-    elif before is None or is_native(before, module):
+    elif is_plain(module):
         function = FORWARDS.get(type(module).forward, module_forward)
-    setattr(module, place, Promoted(function, module, before, dtype))
+    replace(module, Promoted, function, dtype)
 
 
 def demote(module: nn.Module) -> None:
     """Gives the module the forward back that it had before `promote`; nothing happens to one that is not ours."""
-    for place in ("forward", HOOKED):
-        ours = vars(module).get(place)
-        if not isinstance(ours, Promoted):
-            continue
-        if ours.before is not None:
-            setattr(module, place, ours.before)
-        elif place == HOOKED:  # hooked after promote: the hook needs a forward to call
-            setattr(module, place, MethodType(type(module).forward, module))
-        else:
-            delattr(module, place)
-
-
-def is_native(forward: Forward, module: nn.Module) -> bool:
-    """Whether an instance's forward is just its class's, as accelerate leaves it there."""
-    return isinstance(forward, MethodType) and forward.__func__ is type(module).forward and forward.__self__ is module
+    put_back(module, Promoted)
 
 
 # The four forwards: (module, the instance's forward that was there or None, activation dtype, then the module's own).
@@ -179,10 +138,6 @@ class CastLinear(torch.autograd.Function):
             grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
         grad_bias = rows.sum(0, dtype=torch.float32) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
-
-
-def call(module: nn.Module, before: Forward | None, *args: Any, **kwargs: Any) -> Any:
-    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
 def compute_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

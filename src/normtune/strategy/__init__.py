@@ -9,6 +9,7 @@ how fp32 parameters run in a bf16 model (kernels), optimizers (step).
 """
 
 from normtune.strategy.applying import Report, apply, check, parameter_groups
+from normtune.strategy.leaning import lean, restore
 from normtune.strategy.lora import LORA_NAME, add_lora, is_lora, remove_lora
 from normtune.strategy.moving import Movement, check_step_size, movement
 from normtune.strategy.state import (
@@ -41,6 +42,7 @@ __all__ = [
     "count",
     "hold_base",
     "is_lora",
+    "lean",
     "mark_tuned",
     "match_precision",
     "movement",
@@ -49,6 +51,7 @@ __all__ = [
     "plain",
     "remove_lora",
     "resolve",
+    "restore",
     "settle",
     "tuning",
 ]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from normtune.kernels import demote, promote
-from normtune.structure import Anatomy, dissect
+from normtune.kernels import Swaps, demote, promote, restore, swap
+from normtune.structure import Anatomy, dissect, formulas
 
 if TYPE_CHECKING:
     from normtune.strategy.applying import Report
@@ -33,6 +33,7 @@ class Tuning:
         origin: dtype in the base of every tensor that is fp32 because of us.
         prints: fingerprint of each trainable tensor when it became trainable.
         lora: options of the LoRA layers that are in the model.
+        lean: whether `lean` was called.
     """
 
     anatomy: Anatomy
@@ -43,6 +44,7 @@ class Tuning:
     prints: dict[str, tuple[int, int]] = field(default_factory=dict)
     report: Report | None = None
     lora: dict[str, Any] | None = None
+    lean: bool = False
 
 
 def tuning(model: nn.Module) -> Tuning:
@@ -181,6 +183,7 @@ def settle(model: nn.Module) -> None:
 
 def match_precision(model: nn.Module, state: Tuning) -> None:
     """Lets every module that holds tensors which became fp32 compute in the base's dtype; the others as they were."""
+    restore(model)
     norms = {name for part in GAIN_PARTS for name in state.anatomy.modules(part)}
     # by identity: a tied tensor has one name and two modules
     origin = {id(p): state.origin[name] for name, p in parameters(model).items() if name in state.origin}
@@ -190,3 +193,11 @@ def match_precision(model: nn.Module, state: Tuning) -> None:
             promote(module, raised[0], is_norm=name in norms)
         else:
             demote(module)
+    if state.lean:
+        swap_forwards(model, state)
+
+
+def swap_forwards(model: nn.Module, state: Tuning) -> Swaps:
+    found = state.anatomy
+    norms = dict.fromkeys([*found.norms, *found.final_norm, *found.qk_norms])
+    return swap(model, formulas(model, norms), found.mlp, found.attn)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from normtune.layers import features, is_linear
 from normtune.structure.norms import NormFinder, own_parameters
 
 # What only a module that mixes positions is given: a mask, a cache, positions.
@@ -82,21 +83,6 @@ def is_wrapper(module: nn.Module, finder: NormFinder) -> bool:
     if own or not mixes_positions(module) or not any(finder.is_norm(c) for c in children):
         return False
     return any(mixes_positions(m) for c in children for m in c.modules())
-
-
-def is_linear(module: nn.Module) -> bool:
-    """A linear layer: torch's (and its quantized subclasses) or the transposed one that GPT-2 has in transformers."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def features(linear: nn.Module) -> tuple[int, int]:
-    """(input size, output size)."""
-    if isinstance(linear, nn.Linear):
-        return linear.in_features, linear.out_features
-    size_in, size_out = linear.weight.shape  # type: ignore[union-attr,misc]
-    return size_in, size_out
 
 
 def projections(attention: nn.Module, prefix: str, width: int) -> dict[str, list[str]]:

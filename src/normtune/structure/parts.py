@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from normtune.errors import InputError
-from normtune.structure.blocks import block_parts, is_linear, named
+from normtune.layers import is_linear
+from normtune.structure.blocks import block_parts, named
 from normtune.structure.norms import NormFinder, own_parameters
 from normtune.structure.vision import constant_modules, find_vision
 

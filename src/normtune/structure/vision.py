@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from normtune.structure.blocks import features, is_linear, mixes_positions, named
+from normtune.layers import features, is_linear
+from normtune.structure.blocks import mixes_positions, named
 
 
 def find_vision(

@@ -1,0 +1,101 @@
+"""Autograd functions that compute what the model computes and keep less for backward. No matmul is done twice.
+
+`LeanNorm` keeps the norm's input alone, `GatedProduct` the two inputs of act(gate) * up, `Elementwise` the input of an
+activation. Forward runs the model's own operations, bit for bit; backward computes what it needs of them again from
+these inputs (element-wise work). Source of the gradients: the quotient rule for x / sqrt(mean(x^2) + eps), as in
+Zhang and Sennrich, arXiv 1910.07467, and Ba et al., arXiv 1607.06450.
+
+Legend: N rows (batch and positions), H width; shapes (..., H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+Unary = Callable[[torch.Tensor], torch.Tensor]
+
+
+class LeanNorm(torch.autograd.Function):
+    """y = n * g + b with n = (x - c) / sqrt(mean((x - c)^2) + eps), c the mean of x or 0, g the gain or 1 + gain."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gain: torch.Tensor,
+        bias: torch.Tensor | None,
+        own: Unary,
+        centred: bool,
+        offset: float,
+        eps: float,
+    ) -> torch.Tensor:
+        """`own` is the module's forward; `offset` is added to the gain (0 or 1)."""
+        ctx.save_for_backward(x, gain)
+        ctx.centred, ctx.offset, ctx.eps = centred, offset, eps
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return own(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        needs_x, needs_gain, needs_bias = ctx.needs_input_grad[:3]
+        x, gain = ctx.saved_tensors
+        grad, h = grads[0].float(), x.float()
+        if ctx.centred:
+            h = h - h.mean(-1, keepdim=True)
+        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + ctx.eps)
+        normalized = h * scale
+        rows = tuple(range(grad.dim() - gain.dim()))
+        grad_gain = (grad * normalized).sum(rows).to(gain.dtype) if needs_gain else None
+        grad_bias = grad.sum(rows).to(ctx.bias_dtype) if needs_bias else None
+        grad_x = None
+        if needs_x:
+            inner = grad * (gain.float() + ctx.offset)
+            inner = inner - normalized * (inner * normalized).mean(-1, keepdim=True)
+            if ctx.centred:
+                inner = inner - inner.mean(-1, keepdim=True)
+            grad_x = (inner * scale).to(x.dtype)
+        return grad_x, grad_gain, grad_bias, None, None, None, None
+
+
+class GatedProduct(torch.autograd.Function):
+    """y = act(gate) * up, all of one shape (..., I); act is any element-wise function without parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Unary) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            start = gate.detach().requires_grad_()
+            active = ctx.act(start)
+        (grad_gate,) = torch.autograd.grad(active, start, grads[0] * up)
+        return grad_gate, grads[0] * active.detach(), None
+
+
+class Elementwise(torch.autograd.Function):
+    """y = act(x) for any element-wise function without parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, act: Unary) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.act = act
+        return act(x)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            start = x.detach().requires_grad_()
+            active = ctx.act(start)
+        return torch.autograd.grad(active, start, grads[0])[0], None
