@@ -72,7 +72,7 @@ def test_adapter_holds_the_trained_tensors_and_the_gains_of_the_base(tmp_path: P
     trained = {n: t for n, t in tensors.items() if not n.startswith("base.")}
     assert len(trained) == 4 and all(t.dtype == torch.float32 for t in trained.values())
     size = (tmp_path / "a" / "adapter.safetensors").stat().st_size
-    assert size < 2 * 4 * 4 * 32 + 4096  # both sets of gains and the header
+    assert size < 2 * 4 * 4 * 32 + 3 * 4 * 64 + 4096  # both sets of gains, the witnesses, and the header
     for name in trained:
         assert torch.equal(tensors["base." + name], dict(llava().named_parameters())[name].bfloat16().float())
 
@@ -444,3 +444,96 @@ def test_page_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     again = llava()
     load_adapter(again, "mixed")
     assert torch.equal(logits(names["model"]), logits(again))
+
+
+def test_a_cast_of_the_whole_model_is_no_silent_loss(tmp_path: Path) -> None:
+    """Trainer's bf16_full_eval casts the model in place: what training did to the gains is rounded away."""
+    model = tuned("layernorm-simple", torch.bfloat16, rate=1e-5)
+    model.to(torch.bfloat16)
+    for verb in (lambda: save_adapter(model, tmp_path / "a"), lambda: merge(model)):
+        with pytest.raises(JobError, match=r"input_layernorm\.weight was fp32 .* bfloat16 now"):
+            verb()
+    assert not (tmp_path / "a").exists()
+
+
+def test_verbs_take_a_compiled_model(tmp_path: Path) -> None:
+    model = tuned("layernorm-simple", torch.float32)
+    compiled = torch.compile(model)
+    save_adapter(compiled, tmp_path / "a")
+    with pytest.raises(InputError, match="exists already"):
+        save_adapter(model, tmp_path / "a")
+    other = llava()
+    load_adapter(torch.compile(other), tmp_path / "a")
+    assert torch.equal(logits(other), logits(model))
+    apply(torch.compile(other), "connector")
+    merge(compiled)
+    assert "_normtune" not in vars(model)
+
+
+@pytest.mark.parametrize("strategy", ["attn-mlp", "connector", ["mlp"]], ids=str)
+def test_merge_measures_tensors_that_are_no_gains(strategy: Any) -> None:
+    model = llava().bfloat16()
+    apply(model, strategy)
+    train_steps(model, 2, 1e-7)
+    with pytest.raises(JobError, match="of the change of the other tensors is kept"):
+        merge(model)
+    assert merge(model, torch.float32).rest == pytest.approx(1.0)
+
+
+def sibling() -> Any:
+    """The same gains, other matrices: a finetune by LoRA that was merged."""
+    model = llava()
+    with torch.no_grad():
+        model.model.language_model.layers[0].self_attn.q_proj.weight.add_(0.01)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("strategy", ["layernorm-simple", "layernorm", "attn-qv"])
+def test_a_sibling_with_the_same_gains_is_another_base(strategy: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_adapter(tuned(strategy, dtype), tmp_path / "a")
+    with pytest.raises(InputError, match=r"another base: .*q_proj\.weight#64 differs"):
+        load_adapter(sibling(), tmp_path / "a")
+    load_adapter(llava().to(dtype), tmp_path / "a")
+    load_adapter(sibling(), tmp_path / "a", force=True)
+
+
+@pytest.mark.parametrize("fault", ["tensors", "base", "values"])
+def test_incomplete_adapters_are_told(fault: str, tmp_path: Path) -> None:
+    folder = save_adapter(tuned("layernorm-simple", torch.float32), tmp_path / "a")
+    stored = load_file(folder / "adapter.safetensors")
+    first = next(name for name in stored if not name.startswith("base."))
+    if fault == "values":
+        stored[first][0] = float("nan")
+    stored = {
+        name: tensor
+        for name, tensor in stored.items()
+        if not (fault == "tensors" and name == first) and not (fault == "base" and name.startswith("base."))
+    }
+    save_file(stored, folder / "adapter.safetensors")
+    with pytest.raises(InputError, match="not finite" if fault == "values" else "incomplete"):
+        load_adapter(llava(), folder)
+
+
+@pytest.mark.parametrize("late", [["lora"], ["final_norm"]], ids=str)
+def test_what_was_trained_beside_an_active_adapter_is_not_lost(late: list[str], tmp_path: Path) -> None:
+    save_adapter(tuned("layernorm-simple", torch.float32), tmp_path / "a")
+    model = llava()
+    load_adapter(model, tmp_path / "a", "a")
+    apply(model, late, rank=2)
+    set_adapter(model, None)  # nothing has been trained yet
+    set_adapter(model, "a")
+    apply(model, late, rank=2)
+    train_steps(model, 1)
+    for verb in (lambda: set_adapter(model, None), lambda: load_adapter(model, tmp_path / "a", "b")):
+        with pytest.raises(InputError, match=r"trained while adapter 'a' was active"):
+            verb()
+
+
+def test_peft_of_another_tool_is_refused() -> None:
+    from peft import LoraConfig
+
+    model = text_model("llama")
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(InputError, match=r"(?s)adapter of PEFT's.*merge_and_unload"):
+        apply(model, "layernorm-simple")

@@ -1,4 +1,4 @@
-"""Linear layers, whatever they are made of: torch's, quantized ones, PEFT's around them, GPT-2's transposed one."""
+"""Linear layers, whatever they are made of, and models, whatever is around them."""
 
 from __future__ import annotations
 
@@ -18,3 +18,14 @@ def features(linear: nn.Module) -> tuple[int, int]:
         return linear.in_features, linear.out_features  # type: ignore[return-value]
     size_in, size_out = linear.weight.shape  # type: ignore[union-attr,misc]
     return size_in, size_out
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model

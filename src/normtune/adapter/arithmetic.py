@@ -47,7 +47,7 @@ class Adapter:
     Attributes:
         tensors: name of the model's parameter -> trained values, fp32 on the CPU.
         base: name of a norm's gain or bias -> the base's own values, fp32 on the CPU; of every norm of the LLM,
-            trained or not.
+            trained or not. `NAME#64` -> 64 values spread over a large tensor of the base.
         record: what `adapter.json` holds.
         lora: LoRA matrices, where there are any; arithmetic refuses them.
     """
@@ -67,6 +67,15 @@ class Adapter:
         stored, record = read_adapter(folder)
         tensors = {n: t.float() for n, t in stored.items() if not n.startswith(BASE)}
         base = {n.removeprefix(BASE): t.float() for n, t in stored.items() if n.startswith(BASE)}
+        number = sum(tensor.numel() for tensor in tensors.values())
+        if "parameters" in record and (number != record["parameters"] or not base):
+            raise InputError(
+                f"{folder} is incomplete: {number} values, {record.get('parameters')} in its record, {len(base)} "
+                "tensors of its base; copy the adapter again"
+            )
+        odd = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if odd:
+            raise InputError(f"{folder}: {odd[0]} holds values that are not finite; train or copy it again")
         return cls(tensors, base, record, read_lora(Path(folder) / "lora") if record.get("lora") else None)
 
     def write(self, folder: str | Path) -> Path:
@@ -229,7 +238,7 @@ def other_base(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], tra
     """
     for name in [*a, *(name for name in b if name not in a)]:
         if name not in a or name not in b:
-            if name not in trained:
+            if name not in trained and "#" not in name:  # a quantized base has no such values
                 return name
         elif far(a[name], b[name]):
             return name

@@ -19,8 +19,9 @@ from normtune.adapter.arithmetic import Adapter
 from normtune.adapter.files import CONFIG, FORMAT, PREFIX, WEIGHTS, read_tensors, write_peft
 from normtune.adapter.lora import lora_of
 from normtune.errors import InputError
+from normtune.layers import unwrapped
 from normtune.runlog import atomic_folder, read_json
-from normtune.strategy import GAIN_PARTS, parameters, plain, tuning
+from normtune.strategy import GAIN_PARTS, parameters, plain, refuse_cast, tuning
 
 
 def export_peft(model: nn.Module, folder: str | Path) -> Path:
@@ -32,9 +33,11 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         InputError: nothing was tuned, a parameter of the model itself was, a layer has LoRA and trained tensors of its
             own, or the folder exists.
-        JobError: the disk is full.
+        JobError: the disk is full, or the model was cast as a whole since it was tuned.
     """
+    model = unwrapped(model)
     state = tuning(model)
+    refuse_cast(model)
     if not state.tuned and state.lora is None:
         raise InputError("the model has no tuned tensors; call normtune.apply and train before exporting")
     owners = tuned_modules(model, state.tuned)

@@ -22,16 +22,22 @@ from normtune.adapter.interchange import is_peft, read_peft
 from normtune.adapter.lora import check_lora, lora_of, lora_parameters, put_lora
 from normtune.errors import InputError, did_you_mean
 from normtune.kernels import is_quantized
+from normtune.layers import unwrapped
 from normtune.runlog import provenance
 from normtune.strategy import (
     Tuning,
     base_gains,
+    changed,
     hold_base,
+    is_offloaded,
+    is_trained,
     mark_tuned,
     match_precision,
     parameters,
+    refuse_cast,
     settle,
     tuning,
+    witnesses,
 )
 
 KEY = "_normtune_adapters"
@@ -70,8 +76,11 @@ def capture(model: nn.Module, **facts: Any) -> Adapter:
 
     Raises:
         InputError: nothing was tuned.
+        JobError: the model was cast as a whole since it was tuned.
     """
+    model = unwrapped(model)
     state, present = tuning(model), parameters(model)
+    refuse_cast(model)
     names = [name for name in state.tuned if name in present]
     if not names and state.lora is None:
         raise InputError("the model has no tuned tensors; call normtune.apply and train before saving an adapter")
@@ -87,7 +96,8 @@ def capture(model: nn.Module, **facts: Any) -> Adapter:
         **facts,
         "provenance": provenance(),
     }
-    return Adapter(tensors, base_gains(model), record, None if state.lora is None else lora_of(model))
+    base = {**base_gains(model), **witnesses(model)}
+    return Adapter(tensors, base, record, None if state.lora is None else lora_of(model))
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, force: bool = False) -> dict[str, Any]:
@@ -101,7 +111,9 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
         InputError: no adapter, a model whose own gains are not those that the adapter was trained on (unless
             `force`), tensors that do not fit, or an active adapter that was trained on. The model is as it was then.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), unwrapped(model)
+    if is_offloaded(model):
+        raise InputError("the model is offloaded to the CPU or the disk by accelerate; load it without offloading")
     adapter = read_peft(folder, model) if is_peft(folder) else Adapter.read(folder)
     if adapter.base and not force:
         verify_base(model, adapter, folder)
@@ -120,6 +132,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     Raises:
         InputError: an unknown name, or an active adapter that was trained on.
     """
+    model = unwrapped(model)
     loaded = vars(model).get(KEY) or Loaded()
     if name is not None:
         check_name(loaded, name)
@@ -136,6 +149,7 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
     Raises:
         InputError: an unknown name.
     """
+    model = unwrapped(model)
     loaded = vars(model).get(KEY) or Loaded()
     if name is not None:
         check_name(loaded, name)
@@ -231,11 +245,21 @@ def refuse_trained(model: nn.Module, loaded: Loaded) -> None:
                 f"adapter {loaded.active!r} was trained since it was loaded (first {name}), and switching would lose "
                 "that;\nsave it (save_adapter), then remove_adapter and load both"
             )
+    state = tuning(model)
+    if loaded.active is not None:  # everything was frozen when it was loaded: what is trainable came later
+        trained = [name for name in changed(model, state) if name in state.prints]
+        if state.lora is not None and loaded.lora is None and is_trained(model):
+            trained.append("LoRA")
+        if trained:
+            raise InputError(
+                f"{trained[0]} was trained while adapter {loaded.active!r} was active, and switching would lose that;\n"
+                "save it (save_adapter), then remove_adapter and load both"
+            )
 
 
 def verify_base(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     """Refuses a base whose gains are not those of the adapter's; a bf16 or fp16 copy of a base is the same base."""
-    state, own = tuning(model), base_gains(model)
+    state, own = tuning(model), {**base_gains(model), **witnesses(model)}
     present = parameters(model)
     own.update({n: present[n].detach().cpu().float() for n in adapter.base if n not in own and n in present})
     vision = {name for name in own if name.rpartition(".")[0] in state.anatomy.vision_norms}

@@ -6,7 +6,7 @@ unit in its last place: merging can round a tuning away. Not here: adapters in f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,18 @@ from torch import nn
 from normtune.adapter.loading import KEY
 from normtune.errors import InputError, JobError
 from normtune.kernels import demote, is_quantized, restore
-from normtune.strategy import LORA_NAME, Tuning, base_gains, parameters, remove_lora, tuning
+from normtune.layers import unwrapped
+from normtune.strategy import (
+    CHUNK,
+    LORA_NAME,
+    Tuning,
+    base_gains,
+    parameters,
+    refuse_cast,
+    remove_lora,
+    sample,
+    tuning,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Survival:
         survived: 1 - |rounded - tuned| / |tuned - base| over all gains, not below 0.
         lora: share of LoRA's change of the weights that is kept, <rounded change, change> / <change, change> over all
             adapted weights; rounding that is not biased keeps it near 1. None without LoRA.
-        rest: the same over the other tuned tensors whose base is known (those of a loaded adapter). None without.
+        rest: the same over the other tuned tensors, or over a sample of 4096 values of each. None without.
     """
 
     gains: int
@@ -53,11 +64,16 @@ class Survival:
             parts.append(f"{self.lora:.1%} of the LoRA update is kept")
         if self.rest is not None:
             parts.append(f"{self.rest:.1%} of the change of the other tensors is kept")
-        return ", ".join(parts) or "no gains were tuned"
+        return ", ".join(parts) or "nothing was tuned"
 
 
 def survival(model: nn.Module, dtype: torch.dtype) -> Survival:
-    """What would be left of the tuning after rounding to `dtype`."""
+    """What would be left of the tuning after rounding to `dtype`.
+
+    Raises:
+        JobError: the model was cast as a whole since it was tuned.
+    """
+    refuse_cast(model)
     state, present, gains = tuning(model), parameters(model), base_gains(model)
     moved = differing = 0
     lost_square = change_square = 0.0
@@ -69,8 +85,7 @@ def survival(model: nn.Module, dtype: torch.dtype) -> Survival:
         differing += int(((gain != base) & (rounded != base.to(dtype).double())).sum())
         lost_square += float((rounded - gain.double()).square().sum())
         change_square += float((gain.double() - base).square().sum())
-    pairs = ((state.base[n], present[n]) for n in state.tuned if n in state.base and n not in gains)
-    rest = share_kept(((base.to(p.device), p.detach() - base.to(p)) for base, p in pairs), dtype)
+    rest = share_kept(rest_changes(state, present, gains), dtype)
     lora = share_kept(lora_changes(model, state), dtype)
     if moved == 0:
         return Survival(0, 1.0, 1.0, lora, rest)
@@ -78,14 +93,32 @@ def survival(model: nn.Module, dtype: torch.dtype) -> Survival:
     return Survival(moved, differing / moved, survived, lora, rest)
 
 
+def rest_changes(
+    state: Tuning, present: Mapping[str, nn.Parameter], gains: Container[str]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(base, fp32 change) of the tuned tensors that are no gains: whole where the base is kept, else of its sample."""
+    for name in state.tuned:
+        if name in gains or name not in present:
+            continue
+        parameter = present[name].detach()
+        if name in state.base:
+            base = state.base[name].to(parameter.device)
+            yield base, parameter - base.float()
+        elif name in state.samples:
+            base = state.samples[name].to(parameter.device)
+            yield base, sample(parameter) - base.float()
+
+
 def share_kept(changes: Iterator[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> float | None:
     """<rounded change, change> / <change, change> over pairs (base weight, fp32 change); None where nothing changed."""
     kept = whole = 0.0
-    for base, change in changes:
-        start = base.detach().float()
-        rounded = (start + change).to(dtype).float() - start
-        kept += float((rounded * change).sum(dtype=torch.float64))
-        whole += float(change.square().sum(dtype=torch.float64))
+    for whole_base, whole_change in changes:
+        pieces = zip(whole_base.detach().reshape(-1).split(CHUNK), whole_change.reshape(-1).split(CHUNK), strict=True)
+        for base, change in pieces:  # temporary copies of a chunk, not of an embedding
+            start = base.float()
+            rounded = (start + change).to(dtype).float() - start
+            kept += float((rounded * change).sum(dtype=torch.float64))
+            whole += float(change.square().sum(dtype=torch.float64))
     return kept / whole if whole else None
 
 
@@ -119,6 +152,7 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, force: bool = F
         InputError: a quantized base.
         JobError: less than `least` survives, and `force` is not set; the model is unchanged.
     """
+    model = unwrapped(model)
     quantized = [name for name, parameter in model.named_parameters() if is_quantized(parameter)]
     if quantized:
         raise InputError(

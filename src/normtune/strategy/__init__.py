@@ -8,26 +8,33 @@ how fp32 parameters run in a bf16 model (kernels), optimizers (step).
 `applying` the public verbs; `moving` what share of the trainable tensors an optimizer has moved.
 """
 
-from normtune.strategy.applying import Report, apply, check, parameter_groups
+from normtune.strategy.applying import Report, apply, check, is_offloaded, parameter_groups
 from normtune.strategy.leaning import lean, restore
-from normtune.strategy.lora import LORA_NAME, add_lora, is_lora, remove_lora
+from normtune.strategy.lora import LORA_NAME, add_lora, is_trained, remove_lora
 from normtune.strategy.moving import Movement, check_step_size, movement
 from normtune.strategy.state import (
+    CHUNK,
     GAIN_PARTS,
     Tuning,
     base_gains,
+    changed,
     count,
     hold_base,
+    is_lora,
     mark_tuned,
     match_precision,
     parameters,
     plain,
+    refuse_cast,
+    sample,
     settle,
     tuning,
+    witnesses,
 )
 from normtune.strategy.table import STRATEGIES, resolve
 
 __all__ = [
+    "CHUNK",
     "GAIN_PARTS",
     "LORA_NAME",
     "STRATEGIES",
@@ -37,11 +44,14 @@ __all__ = [
     "add_lora",
     "apply",
     "base_gains",
+    "changed",
     "check",
     "check_step_size",
     "count",
     "hold_base",
     "is_lora",
+    "is_offloaded",
+    "is_trained",
     "lean",
     "mark_tuned",
     "match_precision",
@@ -49,9 +59,12 @@ __all__ = [
     "parameter_groups",
     "parameters",
     "plain",
+    "refuse_cast",
     "remove_lora",
     "resolve",
     "restore",
+    "sample",
     "settle",
     "tuning",
+    "witnesses",
 ]

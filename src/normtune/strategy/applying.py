@@ -12,7 +12,8 @@ from torch import nn
 
 from normtune.errors import InputError
 from normtune.kernels import is_quantized, keep_differentiable
-from normtune.strategy.lora import add_lora, lora_targets, remove_lora
+from normtune.layers import unwrapped
+from normtune.strategy.lora import add_lora, check_options, is_trained, lora_targets, remove_lora
 from normtune.strategy.state import GAIN_PARTS, Tuning, count, gain_names, plain, set_trainable, tuning
 from normtune.strategy.table import resolve, select
 from normtune.structure import formulas
@@ -74,17 +75,25 @@ def apply(
             the blocks.
 
     Raises:
-        InputError: unknown strategy or part, a part that the model lacks (for a name: its norms, or all parts), a
-            float16 base, quantized weights among the trainable ones. The model is as it was then.
+        InputError: unknown strategy, part or LoRA target, a part that the model lacks (for a name: its own part, or
+            all), a float16 base, quantized or offloaded weights among the trainable ones, trained LoRA that would
+            be lost. The model is as it was then.
     """
+    model = unwrapped(model)
     label, parts, explicit = resolve(strategy)
     state = tuning(model)
     part_of, skipped = select(model, state.anatomy, parts, explicit)
     refuse(model, state, part_of, label)
+    chosen = [targets] if isinstance(targets, str) else None if targets is None else list(targets)
+    options = {"rank": rank, "alpha": alpha, "dropout": dropout, "seed": seed, "targets": chosen}
+    check_options(state.anatomy, options)
+    if state.lora not in (None, options if "lora" in parts else None) and is_trained(model):
+        raise InputError(
+            f"{label} would throw away the LoRA that was trained on this model;\n"
+            "keep lora among the parts, with the same options, or normtune.merge it first"
+        )
     keep_differentiable(model)
     if "lora" in parts:
-        chosen = None if targets is None else list(targets)
-        options = {"rank": rank, "alpha": alpha, "dropout": dropout, "seed": seed, "targets": chosen}
         add_lora(model, state, options)
     else:
         remove_lora(model, state)
@@ -101,6 +110,7 @@ def check(
 
     Raises as `apply` does, and touches nothing.
     """
+    model = unwrapped(model)
     label, parts, explicit = resolve(strategy)
     state = tuning(model)
     part_of, skipped = select(model, state.anatomy, parts, explicit)
@@ -122,11 +132,23 @@ def refuse(model: nn.Module, state: Tuning, part_of: Mapping[str, str], label: s
             "load it with dtype=torch.bfloat16 (or float32)"
         )
     for name, parameter in model.named_parameters():
+        if name in part_of and parameter.is_meta and is_offloaded(model):
+            raise InputError(
+                f"{label}: {name} is offloaded to the CPU or the disk by accelerate and would not train;\n"
+                "load the model without offloading (device_map without cpu and disk, or a smaller or quantized base)"
+            )
         if name in part_of and is_quantized(parameter):
             raise InputError(
                 f"{label}: {name} (part {part_of[name]}) is quantized and cannot be trained;\n"
                 "use layernorm, layernorm-simple, connector or lora, or load the base in bfloat16"
             )
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether hooks of accelerate keep weights elsewhere between uses."""
+    hooks = [vars(module).get("_hf_hook") for module in model.modules()]
+    flat = [h for hook in hooks if hook is not None for h in (hook, *getattr(hook, "hooks", ()))]
+    return any(getattr(hook, "offload", False) for hook in flat)
 
 
 def parameter_groups(
@@ -145,7 +167,7 @@ def parameter_groups(
     Raises:
         InputError: before `apply`, or a part that is not trained.
     """
-    state = tuning(model)
+    model, state = unwrapped(model), tuning(model)
     if state.report is None:
         raise InputError("nothing is trainable yet: call normtune.apply first")
     part_of, gains = state.report.part_of, gain_names(model, state.anatomy)

@@ -6,6 +6,7 @@ from torch import nn
 
 from normtune import kernels
 from normtune.kernels import Swaps
+from normtune.layers import unwrapped
 from normtune.strategy.state import swap_forwards, tuning
 
 
@@ -18,6 +19,7 @@ def lean(model: nn.Module) -> Swaps:
     Returns:
         what was swapped, and what was left alone because it computes otherwise than expected.
     """
+    model = unwrapped(model)
     kernels.restore(model)
     state = tuning(model)
     state.lean = True

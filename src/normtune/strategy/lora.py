@@ -26,10 +26,15 @@ def lora_targets(found: Anatomy, targets: list[str] | None) -> list[str]:
     """
     if targets is None:
         return list(found.linears)
+    if not targets:
+        raise InputError("lora: an empty list of targets adapts nothing; leave out targets for all linear layers")
     chosen: dict[str, None] = {}
     for target in targets:
         if target.startswith("regex:"):
-            pattern = re.compile(target.removeprefix("regex:"))
+            try:
+                pattern = re.compile(target.removeprefix("regex:"))
+            except re.error as error:
+                raise InputError(f"lora: target {target!r} is no regular expression: {error}") from None
             names = [name for name in found.linears if pattern.search(name)]
         elif target in PART_NAMES:
             roots = found.modules(target)
@@ -43,6 +48,21 @@ def lora_targets(found: Anatomy, targets: list[str] | None) -> list[str]:
             raise InputError(f"lora: target {target!r} holds no linear layer of the blocks; leave out targets for all")
         chosen.update(dict.fromkeys(names))
     return [name for name in found.linears if name in chosen]
+
+
+def check_options(found: Anatomy, options: dict[str, Any]) -> None:
+    """Raises InputError for options of LoRA that make no sense, and as `lora_targets`."""
+    if not (isinstance(options["rank"], int) and options["rank"] > 0):
+        raise InputError(f"lora: rank {options['rank']!r} is no positive number of dimensions; usual are 8 to 128")
+    if not 0 <= options["dropout"] < 1:
+        raise InputError(f"lora: dropout {options['dropout']!r} is no probability below 1")
+    lora_targets(found, options["targets"])
+
+
+def is_trained(model: nn.Module) -> bool:
+    """Whether a LoRA update is not zero: its matrices B start as zeros."""
+    matrices = [p for name, p in model.named_parameters() if ".lora_B." in name and not p.is_meta]
+    return any(bool(p.detach().any()) for p in matrices)
 
 
 def add_lora(model: nn.Module, state: Tuning, options: dict[str, Any]) -> None:

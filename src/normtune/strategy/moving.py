@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from normtune.errors import InputError
-from normtune.strategy.state import gain_names, plain, tuning
-
-SAMPLE = 4096  # elements per tensor that is no gain: enough for a share, and free at 7B
+from normtune.layers import unwrapped
+from normtune.strategy.state import gain_names, plain, sample, tuning
 
 
 def half_unit(values: torch.Tensor) -> torch.Tensor:
@@ -24,12 +23,6 @@ def half_unit(values: torch.Tensor) -> torch.Tensor:
     limits = torch.finfo(values.dtype)
     _, exponent = torch.frexp(values.detach().float().abs().clamp_min(limits.tiny))
     return torch.ldexp(torch.full_like(exponent, 0.25 * limits.eps, dtype=torch.float32), exponent)
-
-
-def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """At most `SAMPLE` elements, evenly spread."""
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
 
 
 def check_step_size(groups: Iterable[Mapping[str, Any]], storage: torch.dtype | None = None) -> None:
@@ -78,7 +71,7 @@ class Movement:
     """Movement of all trainable tensors, by part: gains against the base's, others against their start on a sample."""
 
     def __init__(self, model: nn.Module, gains_only: bool = False) -> None:
-        state = tuning(model)
+        model, state = unwrapped(model), tuning(model)
         assert state.report is not None
         gains = gain_names(model, state.anatomy)
         self.entries: list[tuple[str, nn.Parameter, torch.Tensor, bool]] = []

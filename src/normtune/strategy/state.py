@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from normtune.kernels import Swaps, demote, promote, restore, swap
+from normtune.errors import InputError, JobError
+from normtune.kernels import Swaps, demote, is_quantized, promote, restore, swap
+from normtune.layers import unwrapped
 from normtune.structure import Anatomy, dissect, formulas
 
 if TYPE_CHECKING:
     from normtune.strategy.applying import Report
 
+SAMPLE = 4096  # elements of a tensor that is no gain: enough for a share, and free at 7B
+CHUNK = 1 << 22
 GAIN_PARTS = ("norms", "final_norm", "qk_norms", "vision_norms")
 
 
@@ -31,6 +35,7 @@ class Tuning:
         tuned: names of the parameters that an adapter must hold: trainable now, or changed earlier.
         base: gains and biases of norms as they were before they became trainable or were overwritten, base's dtype.
         origin: dtype in the base of every tensor that is fp32 because of us.
+        samples: a sample of the base's values of every other tensor that became trainable or was overwritten.
         prints: fingerprint of each trainable tensor when it became trainable.
         lora: options of the LoRA layers that are in the model.
         lean: whether `lean` was called.
@@ -41,6 +46,7 @@ class Tuning:
     tuned: list[str] = field(default_factory=list)
     base: dict[str, torch.Tensor] = field(default_factory=dict)
     origin: dict[str, torch.dtype] = field(default_factory=dict)
+    samples: dict[str, torch.Tensor] = field(default_factory=dict)
     prints: dict[str, tuple[int, int]] = field(default_factory=dict)
     report: Report | None = None
     lora: dict[str, Any] | None = None
@@ -48,9 +54,20 @@ class Tuning:
 
 
 def tuning(model: nn.Module) -> Tuning:
-    """The model's tuning state, made from its anatomy at the first call, before anything is tuned."""
+    """The model's tuning state, made from its anatomy at the first call, before anything is tuned.
+
+    Raises:
+        InputError: a model that holds adapters of another tool, whose parts would be taken for the base's.
+    """
+    model = unwrapped(model)
     state = vars(model).get("_normtune")
     if state is None:
+        foreign = [n for n, _ in model.named_parameters() if is_lora(n) or ".base_layer." in n or "_to_save." in n]
+        if foreign:
+            raise InputError(
+                f"the model holds an adapter of PEFT's ({foreign[0]});\n"
+                "merge it first (merge_and_unload), or load the plain base and train LoRA with the part lora"
+            )
         found = dissect(model)
         embed = next(model.get_submodule(found.embed[0]).parameters())
         floats = (p.dtype for name in found.norms for p in model.get_submodule(name).parameters())
@@ -72,6 +89,7 @@ def is_lora(name: str) -> bool:
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's own parameters by plain name, tied ones once, without LoRA's matrices."""
+    model = unwrapped(model)
     return {plain(name): p for name, p in model.named_parameters() if not is_lora(name)}
 
 
@@ -93,7 +111,7 @@ def gain_names(model: nn.Module, found: Anatomy) -> dict[str, str]:
 
 
 def hold_base(model: nn.Module, names: Iterable[str]) -> None:
-    """Keeps the present values of those of `names` that are gains, unless they are kept already.
+    """Keeps the present values of those of `names` that are gains, and a sample of others, unless kept already.
 
     Call it before they are overwritten. Costs a copy of fp32 gains only: one that becomes fp32 leaves its old tensor.
     """
@@ -103,6 +121,44 @@ def hold_base(model: nn.Module, names: Iterable[str]) -> None:
         if name in gains and name not in state.base:
             value = present[name].detach()
             state.base[name] = value.clone() if value.dtype == torch.float32 else value
+        elif name in present and name not in gains and name not in state.samples:
+            state.samples[name] = sample(present[name]).clone()
+
+
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """At most `SAMPLE` elements, evenly spread; (...) -> (N)."""
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE]
+
+
+def witnesses(model: nn.Module) -> dict[str, torch.Tensor]:
+    """64 values each of the base's embedding and of the first and last linear layer of the blocks, fp32 on the CPU.
+
+    They tell two bases with equal gains apart, such as a LoRA finetune that was merged. Keys are `NAME#64`;
+    quantized tensors have none.
+    """
+    state, present = tuning(model), parameters(model)
+    chosen = [state.anatomy.embed[0], *state.anatomy.linears[:1], *state.anatomy.linears[-1:]]
+    found = {}
+    for name in (f"{module}.weight" for module in chosen):
+        value = state.base.get(name, present.get(name))
+        if value is not None and not value.is_meta and not is_quantized(value):
+            spread = state.samples[name] if name in state.samples else sample(value)
+            spread = spread[:: max(1, spread.numel() // 64)][:64]
+            found[f"{name}#64"] = spread.to("cpu", torch.float32, copy=True)
+    return found
+
+
+def refuse_cast(model: nn.Module) -> None:
+    """Raises JobError where a tuned tensor is no longer fp32: a cast of the whole model has rounded its training."""
+    present = parameters(model)
+    for name in tuning(model).tuned:
+        if name in present and present[name].dtype != torch.float32:
+            dtype = str(present[name].dtype).removeprefix("torch.")
+            raise JobError(
+                f"{name} was fp32 when it was tuned and is {dtype} now: the model was cast as a whole (model.to, "
+                "bf16_full_eval)\nand its training is rounded; train again without that cast"
+            )
 
 
 def base_gains(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -120,7 +176,11 @@ def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
     if tensor.is_meta:
         return 0, 0
     bits = tensor.detach().reshape(-1).view(torch.int32)
-    return int(bits.sum(dtype=torch.int64)), int(bits[::2].sum(dtype=torch.int64))
+    total = even = 0
+    for part in bits.split(CHUNK):  # a sum in int64 makes an int64 copy of what it adds
+        total += int(part.sum(dtype=torch.int64))
+        even += int(part[::2].sum(dtype=torch.int64))
+    return total, even
 
 
 def changed(model: nn.Module, state: Tuning) -> list[str]:
@@ -172,6 +232,7 @@ def to_base(state: Tuning, name: str, parameter: nn.Parameter) -> None:
     """Undoes `to_float32` and `hold_base` of a tensor that nobody changed."""
     held, dtype = state.base.pop(name, None), state.origin.pop(name, None)
     state.prints.pop(name, None)
+    state.samples.pop(name, None)
     if dtype is not None:
         parameter.data = parameter.data.to(dtype) if held is None else held.to(parameter.device)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from normtune.errors import InputError, did_you_mean
-from normtune.strategy.state import is_lora
+from normtune.strategy.state import is_lora, plain
 from normtune.structure import PART_NAMES, Anatomy, without_gains
 
 STRATEGIES: dict[str, tuple[str, ...]] = {
@@ -34,6 +34,8 @@ def resolve(strategy: str | Sequence[str]) -> tuple[str, tuple[str, ...], bool]:
             hint = f"; a part is given as a list: [{strategy}]" if strategy in PART_NAMES else ""
             raise InputError(f"unknown strategy {strategy!r}{did_you_mean(strategy, STRATEGIES)}; known: {known}{hint}")
         return strategy, STRATEGIES[strategy], False
+    if not isinstance(strategy, Sequence):
+        raise InputError(f"a strategy is a name or a list of parts, not {strategy!r}; known: {', '.join(STRATEGIES)}")
     parts = tuple(strategy)
     if not parts:
         raise InputError("an empty list of parts trains nothing; name at least one of " + ", ".join(PART_NAMES))
@@ -103,7 +105,11 @@ def part_parameters(model: nn.Module, found: Anatomy, part: str) -> list[str]:
             pattern = re.compile(part.removeprefix("regex:"))
         except re.error as error:
             raise InputError(f"part {part!r} is no regular expression: {error}") from None
-        return [name for name, p in model.named_parameters() if pattern.search(name) and id(p) not in constant]
+        return [
+            name
+            for name, p in model.named_parameters()
+            if pattern.search(plain(name)) and id(p) not in constant and not is_lora(name)
+        ]
     names: dict[str, None] = dict.fromkeys(found.loose if part == "connector" else ())
     for root in found.modules(part):
         for key, parameter in model.get_submodule(root).named_parameters():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from normtune.errors import InputError
-from normtune.layers import is_linear
+from normtune.layers import is_linear, unwrapped
 from normtune.structure.blocks import block_parts, named
 from normtune.structure.norms import NormFinder, own_parameters
 from normtune.structure.vision import constant_modules, find_vision
@@ -61,7 +61,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     Raises:
         InputError: no input embedding, no decoder blocks, or no norm with a learned gain in them.
     """
-    found = dissect(model)
+    model = unwrapped(model)
+    tuned = vars(model).get("_normtune")  # of before LoRA's matrices, which look like projections, came in
+    found = dissect(model) if tuned is None else tuned.anatomy
     if not found.norms:
         raise InputError(without_gains(model, found))
     return found
