@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
+import zoo
 from normtune.accounting import denominator, shares
 from normtune.errors import InputError
 from normtune.recipe import ModelRecipe, schema
@@ -82,7 +83,7 @@ def test_shares_of_the_paper_from_configs_alone(size: str, tmp_path: Path) -> No
     assert parts["vision encoder"] == 303_179_776 and parts["connector"] == 1024 * hidden + hidden
     for key, percent in PAPER[size].items():
         name, rank = key if isinstance(key, tuple) else (key, 64)
-        (share,) = shares(model, [name], rank)
+        ((share,), _) = shares(model, [name], rank)
         assert share.percent == pytest.approx(percent, rel=2e-3, abs=4.9e-5), key
         if name != "lora":
             assert share.total == sum(parts.values())
@@ -313,6 +314,21 @@ def test_lora_targets(targets: list[str] | None, leaves: set[str]) -> None:
     model = llava()
     report = apply(model, ["lora"], rank=2, targets=targets)
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in report.trainable} == leaves
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_lora_adapts_every_linear_layer_and_leaves_no_trace(name: str) -> None:
+    model = zoo.model(name)
+    modules = [key for key, _ in model.named_modules()]
+    linears = anatomy(model).linears
+    report = apply(model, ["lora"], rank=2)
+    adapted = {key.split(".lora_")[0] for key in report.trainable}
+    assert adapted == set(linears) and anatomy(model).linears == linears
+    model(**zoo.batch(name), use_cache=False).loss.backward()
+    reached = [key for key, p in model.named_parameters() if ".lora_B." in key and p.grad is not None]
+    assert reached
+    apply(model, "layernorm-simple")
+    assert [key for key, _ in model.named_modules()] == modules
 
 
 @pytest.mark.parametrize(("targets", "words"), [(["atn_q"], "did you mean 'attn_q'"), (["embed"], "no linear layer")])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from normtune.errors import InputError
 from normtune.strategy import STRATEGIES, apply, count, tuning
 
 
@@ -29,21 +30,33 @@ class Share:
         return 100 * self.trainable / self.total
 
 
-def shares(model: nn.Module, strategies: Sequence[str | list[str]], rank: int = 64) -> list[Share]:
-    """A share per strategy. `model` may be on the meta device; it is left with the last strategy applied.
+def shares(
+    model: nn.Module, strategies: Sequence[str | list[str]], rank: int = 64, skip: bool = False
+) -> tuple[list[Share], dict[str, str]]:
+    """A share per strategy, and why the model cannot take the others (with `skip`).
+
+    `model` may be on the meta device; it is left with the last strategy applied.
 
     Args:
         rank: of LoRA, on every linear layer of the blocks.
+        skip: leave out what the model cannot take, instead of raising.
 
     Raises:
         InputError: a strategy that the model cannot take.
     """
-    found = []
+    found: list[Share] = []
+    refused: dict[str, str] = {}
     for strategy in strategies:
-        report = apply(model, strategy, rank=rank)
+        try:
+            report = apply(model, strategy, rank=rank)
+        except InputError as error:
+            if not skip:
+                raise
+            refused["+".join(strategy) if isinstance(strategy, list) else strategy] = str(error)
+            continue
         label = f"{report.strategy} (r = {rank})" if "lora" in report.parts else report.strategy
         found.append(Share(label, report.parameters, report.total, report.bytes, report.skipped))
-    return found
+    return found, refused
 
 
 def denominator(model: nn.Module) -> dict[str, int]:
@@ -58,14 +71,17 @@ def denominator(model: nn.Module) -> dict[str, int]:
         for parameter in model.get_submodule(name).parameters():
             left.pop(id(parameter))
     counted = {}
-    roots = {"LLM": found.modules("llm"), "vision encoder": found.vision, "connector": found.connector}
+    # the encoder first: in some models it is inside the LLM's module
+    roots = {"vision encoder": found.vision, "LLM": found.modules("llm"), "connector": found.connector}
     for label, names in roots.items():
         parameters = [p for name in names for p in model.get_submodule(name).parameters()]
         if label == "LLM" and not found.vision and not found.connector:
             parameters = list(model.parameters())
+        if label == "connector":
+            parameters += [model.get_parameter(name) for name in found.loose]
         counted[label] = sum(left.pop(id(p), 0) for p in parameters)
     counted["other"] = sum(left.values())
-    return {label: number for label, number in counted.items() if number}
+    return {label: counted[label] for label in ("LLM", "vision encoder", "connector", "other") if counted[label]}
 
 
 __all__ = ["STRATEGIES", "Share", "denominator", "shares"]

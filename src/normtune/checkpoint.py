@@ -1,7 +1,7 @@
 """Checkpoints of a training: complete or absent, without pickle, never the frozen base.
 
 On disk `checkpoints/STAGE-STEP/`: `tensors.safetensors` (tuned parameters under `p.`, AdamW's moments under `m.` and
-`v.`, the random state under `rng`) and `state.json`. Not here: when to write one (training.py).
+`v.`, its steps under `s.`, the random state under `rng`) and `state.json`. Not here: when to write one (training.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from normtune.recipe import Recipe, load_recipe
 from normtune.runlog import Run, atomic_folder, read_json, write_json
 from normtune.strategy import is_lora, plain, tuning
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         if moments and "exp_avg" in moments:
             tensors["m." + plain(name)] = moments["exp_avg"].detach().cpu().contiguous()
             tensors["v." + plain(name)] = moments["exp_avg_sq"].detach().cpu().contiguous()
+            tensors["s." + plain(name)] = moments["step"].detach().cpu().reshape(1)
     path = folder / f"{position.name}-{position.step}"
     with atomic_folder(path, replace=True) as temporary:
         save_file(tensors, temporary / "tensors.safetensors")
@@ -108,14 +109,12 @@ def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: P
                 parameter.copy_(values[name])
 
 
-def load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], steps: int
-) -> None:
-    """AdamW's moments and the random state, as they were."""
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """AdamW's moments and counts of steps, and the random state, as they were."""
     for name, parameter in model.named_parameters():
         if "m." + plain(name) in tensors and parameter.requires_grad:
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(steps)),
+                "step": tensors["s." + plain(name)].reshape(()),
                 "exp_avg": tensors["m." + plain(name)].to(parameter.device),
                 "exp_avg_sq": tensors["v." + plain(name)].to(parameter.device),
             }

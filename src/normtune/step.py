@@ -20,7 +20,7 @@ from torch import nn
 
 from normtune.errors import InputError, JobError
 from normtune.recipe import Stage
-from normtune.strategy import GAIN_PARTS, Movement, check_step_size, parameter_groups, tuning
+from normtune.strategy import Movement, check_step_size, parameter_groups, tuning
 
 GUARD_STEPS = 10  # a gain that trains at all has moved by then
 
@@ -34,9 +34,10 @@ def check_rates(stage: Stage, parts: Mapping[str, list[nn.Parameter]]) -> None:
     """
     for key, values in (("learning_rates", stage.learning_rates), ("weight_decays", stage.weight_decays)):
         if unknown := sorted(set(values) - parts.keys()):
+            tied = "; head is tied to embed: give its rate there" if unknown == ["head"] and "embed" in parts else ""
             raise InputError(
                 f"stage {stage.name}: {key} names {', '.join(unknown)}, which strategy {stage.strategy} does not "
-                f"train; it trains {', '.join(sorted(parts))}"
+                f"train; it trains {', '.join(sorted(parts))}{tied}"
             )
     groups = [
         {"part": part, "params": members, "lr": stage.learning_rates.get(part, stage.learning_rate)}
@@ -106,6 +107,9 @@ def take_step(
             loss_sum += loss.detach()
     mean = float(accelerator.reduce(loss_sum)) / supervised
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:  # as where several processes exchange gradients: not reached is zero, not missing
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     norm = float(accelerator.clip_grad_norm_(parameters, stage.clip or math.inf))
     if not math.isfinite(mean) or not math.isfinite(norm):
         optimizer.zero_grad()
@@ -152,7 +156,8 @@ class Guard:
 
     def __init__(self, model: nn.Module, stage: Stage, total: int) -> None:
         self.movement, self.stage, self.total = Movement(model), stage, total
-        self.warm = max(math.ceil(stage.warmup_ratio * total), GUARD_STEPS)
+        self.warm = min(max(math.ceil(stage.warmup_ratio * total), GUARD_STEPS), total)
+        self.start = self.movement.prints()
         self.last: dict[str, dict[str, float]] = {}
 
     def measure(self, step: int, record: dict[str, Any]) -> None:
@@ -164,15 +169,15 @@ class Guard:
             return
         self.last = self.movement.measure()
         record["movement"] = self.last
-        gains = [values for part, values in self.last.items() if part in GAIN_PARTS]
+        gains = [values for part, values in self.last.items() if part in self.movement.gain_parts]
         if not gains:
             return
         record["moved"] = min(values["moved"] for values in gains)
         record["max_change"] = max(values["max_change"] for values in gains)
 
     def check(self, step: int, record: dict[str, Any]) -> None:
-        """Raises JobError if after the warm-up not one gain differs from the base's."""
-        if step >= self.warm and record.get("max_change") == 0.0:
+        """Raises JobError if at the end of the warm-up not one gain has moved in this stage."""
+        if step == self.warm and self.start and self.movement.prints() == self.start:
             still = record["grad_norm"] == 0.0
             cause = "their gradients are zero: nothing supervised depends on them" if still else "raise learning_rate"
             raise JobError(f"{self.stage.name}: after {step} steps not one gain has moved; {cause}")

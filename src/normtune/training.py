@@ -271,7 +271,7 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     describe_groups(loop, optimizer)
     if first_step:
         path = loop.run.checkpoints / f"{stage.name}-{first_step}"
-        load_optimizer(loop.model, optimizer, read_tensors(path), first_step)
+        load_optimizer(loop.model, optimizer, read_tensors(path))
     else:
         torch.manual_seed(seed)
     if stage.checkpoint_activations:

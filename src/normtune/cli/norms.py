@@ -65,7 +65,9 @@ def describe(model: nn.Module, found: Anatomy, part: str, constant: set[int], to
     names = found.modules(part)
     if not names:
         return None
-    members = {id(p): p for name in names for p in model.get_submodule(name).parameters() if id(p) not in constant}
+    parameters = [p for name in names for p in model.get_submodule(name).parameters()]
+    parameters += [model.get_parameter(name) for name in (found.loose if part == "connector" else ())]
+    members = {id(p): p for p in parameters if id(p) not in constant}
     count = sum(p.numel() for p in members.values())
     kinds: Counter[str] = Counter()
     if "norm" in part:

@@ -41,14 +41,16 @@ def plan(
         model = skeleton(str(llm))
     else:
         model = assembled_skeleton(ModelRecipe(llm=llm, vision=vision, connector=connector))
-    wanted = list(STRATEGIES) if compare == "all" else [name.strip() for name in compare.split(",")]
+    every = compare == "all"
+    wanted = list(STRATEGIES) if every else [name.strip() for name in compare.split(",")]
     strategies = [n if n in STRATEGIES or (n not in PARTS and "+" not in n) else n.split("+") for n in wanted]
     parts = denominator(model)
-    found = shares(model, strategies, lora_rank)
+    found, refused = shares(model, strategies, lora_rank, skip=every)
     if json:
         keys = ("strategy", "trainable_parameters", "total_parameters", "percent", "trainable_bytes", "skipped")
         rows = [(s.strategy, s.trainable, s.total, s.percent, s.bytes, s.skipped) for s in found]
-        print_json({"denominator": parts, "plans": [dict(zip(keys, row, strict=True)) for row in rows]})
+        plans = [dict(zip(keys, row, strict=True)) for row in rows]
+        print_json({"denominator": parts, "plans": plans, "refused": refused})
         return
     print_table(
         ["strategy", "trainable", "% of total", "total", "fp32 bytes"],
@@ -57,3 +59,5 @@ def plan(
     )
     total = " + ".join(f"{label} {number:,}" for label, number in parts.items())
     print(f"total: {total}; for LoRA its matrices, too")
+    for name, reason in refused.items():
+        print(f"{name}: not here: {reason.splitlines()[0]}")

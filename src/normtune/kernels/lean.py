@@ -93,9 +93,8 @@ def norm_forward(
     own = functools.partial(call, module, before)
     if rest:  # a gate, which the formula does not know
         return own(x, *rest)  # type: ignore[no-any-return]
-    parameters = dict(module.named_parameters(recurse=False))
-    bias = parameters.pop("bias", None)
-    (gain,) = parameters.values()
+    gain, *rest_of = module.parameters(recurse=False)
+    bias = rest_of[0] if rest_of else None
     if not torch.is_grad_enabled() or not (x.requires_grad or gain.requires_grad):
         return own(x)  # type: ignore[no-any-return]
     return LeanNorm.apply(x, gain, bias, own, centred, offset, eps)  # type: ignore[no-any-return,no-untyped-call]

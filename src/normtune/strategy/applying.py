@@ -84,7 +84,7 @@ def apply(
     state = tuning(model)
     part_of, skipped = select(model, state.anatomy, parts, explicit)
     refuse(model, state, part_of, label)
-    chosen = [targets] if isinstance(targets, str) else None if targets is None else list(targets)
+    chosen = [targets] if isinstance(targets, str) else None if targets is None else sorted(targets)
     options = {"rank": rank, "alpha": alpha, "dropout": dropout, "seed": seed, "targets": chosen}
     check_options(state.anatomy, options)
     if state.lora not in (None, options if "lora" in parts else None) and is_trained(model):
@@ -106,21 +106,21 @@ def apply(
 def check(
     model: nn.Module, strategy: str | Sequence[str], targets: Sequence[str] | None = None
 ) -> dict[str, list[nn.Parameter]]:
-    """The parts that `apply` would train and their parameters (none yet for `lora`).
+    """The parts that `apply` would train and their parameters (none yet for `lora`); a tied head is part of `embed`.
 
     Raises as `apply` does, and touches nothing.
     """
     model = unwrapped(model)
     label, parts, explicit = resolve(strategy)
     state = tuning(model)
-    part_of, skipped = select(model, state.anatomy, parts, explicit)
+    part_of, _ = select(model, state.anatomy, parts, explicit)
     refuse(model, state, part_of, label)
     if "lora" in parts:
         lora_targets(state.anatomy, None if targets is None else list(targets))
-    members: dict[str, list[nn.Parameter]] = {part: [] for part in parts if part not in skipped}
+    members: dict[str, list[nn.Parameter]] = {"lora": []} if "lora" in parts else {}
     for name, parameter in model.named_parameters():
         if name in part_of:
-            members[part_of[name]].append(parameter)
+            members.setdefault(part_of[name], []).append(parameter)
     return members
 
 

@@ -54,6 +54,8 @@ def check_options(found: Anatomy, options: dict[str, Any]) -> None:
     """Raises InputError for options of LoRA that make no sense, and as `lora_targets`."""
     if not (isinstance(options["rank"], int) and options["rank"] > 0):
         raise InputError(f"lora: rank {options['rank']!r} is no positive number of dimensions; usual are 8 to 128")
+    if not options["alpha"] > 0:
+        raise InputError(f"lora: alpha {options['alpha']!r} is not positive, and the update would be nothing")
     if not 0 <= options["dropout"] < 1:
         raise InputError(f"lora: dropout {options['dropout']!r} is no probability below 1")
     lora_targets(found, options["targets"])
@@ -81,18 +83,22 @@ def add_lora(model: nn.Module, state: Tuning, options: dict[str, Any]) -> None:
         r=options["rank"],
         lora_alpha=options["alpha"],
         lora_dropout=options["dropout"],
-        target_modules=targets,
+        target_modules=[str(number) for number in range(len(targets))],
         fan_in_fan_out=not isinstance(model.get_submodule(targets[0]), nn.Linear),  # GPT-2's transposed weights
         bias="none",
     )
+    # In a box of their own: next to the model's config PEFT would choose other targets for some architectures.
+    box = nn.ModuleDict({str(number): model.get_submodule(name) for number, name in enumerate(targets)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options["seed"])
-        inject_adapter_in_model(config, model, adapter_name=LORA_NAME)
-    for name, parameter in model.named_parameters():
-        if is_lora(name):
-            parameter.data = parameter.data.float()
-    for name in targets:
-        model.get_submodule(name).train(model.training)  # PEFT's layers come in train mode, with dropout
+        inject_adapter_in_model(config, box, adapter_name=LORA_NAME)
+    for name, layer in zip(targets, box.values(), strict=True):
+        for key, parameter in layer.named_parameters():
+            if is_lora("." + key):
+                parameter.data = parameter.data.float()
+        model.set_submodule(name, layer.train(model.training))  # PEFT's layers come in train mode, with dropout
+    config.target_modules = set(targets)
+    vars(model)["peft_config"] = {LORA_NAME: config}
     state.lora = options
 
 
@@ -106,6 +112,5 @@ def remove_lora(model: nn.Module, state: Tuning) -> None:
         layer = model.get_submodule(name)
         if isinstance(layer, LoraLayer):
             model.set_submodule(name, layer.base_layer)  # type: ignore[arg-type]
-    for leftover in ("peft_config", "_hf_peft_config_loaded"):
-        vars(model).pop(leftover, None)
+    vars(model).pop("peft_config", None)
     state.lora = None

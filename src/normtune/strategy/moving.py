@@ -15,7 +15,7 @@ from torch import nn
 
 from normtune.errors import InputError
 from normtune.layers import unwrapped
-from normtune.strategy.state import gain_names, plain, sample, tuning
+from normtune.strategy.state import fingerprint, gain_names, plain, sample, tuning
 
 
 def half_unit(values: torch.Tensor) -> torch.Tensor:
@@ -33,24 +33,25 @@ def check_step_size(groups: Iterable[Mapping[str, Any]], storage: torch.dtype | 
         storage: dtype that the tensors will be stored in (default: the one that they have).
 
     Raises:
-        InputError: more than half of a tensor's values cannot take such a step.
+        InputError: more than half of a group's values cannot take such a step.
     """
     for group in groups:
-        rate = float(group["lr"])
+        rate, lost, number, needed = float(group["lr"]), 0.0, 0, 0.0
         for parameter in group["params"]:
-            if parameter.is_meta or parameter.numel() == 0:
+            if parameter.is_meta or parameter.numel() == 0 or not parameter.is_floating_point():
                 continue
-            values = sample(parameter).to(storage or parameter.dtype)
-            limits = half_unit(values)
-            lost = float((limits > rate).float().mean())
-            if lost > 0.5:
-                part = f"part {group['part']}" if "part" in group else f"a {tuple(parameter.shape)} tensor"
-                dtype = str(values.dtype).removeprefix("torch.")
-                remedy = "raise it" if values.dtype == torch.float32 else "train fp32 tensors (normtune.apply)"
-                raise InputError(
-                    f"learning rate {rate:g} would be rounded away: {lost:.0%} of {part}, stored in {dtype}, change "
-                    f"only by steps over {float(limits.median()):.1g}; {remedy}"
-                )
+            dtype = storage or parameter.dtype
+            limits = half_unit(sample(parameter).to(dtype))
+            lost += float((limits > rate).float().mean()) * parameter.numel()
+            number += parameter.numel()
+            needed = max(needed, float(limits.median()))
+        if number and lost > 0.5 * number:
+            part = f"part {group['part']}" if "part" in group else f"a group of {len(group['params'])} tensors"
+            remedy = "raise it" if dtype == torch.float32 else "train fp32 tensors (normtune.apply)"
+            raise InputError(
+                f"learning rate {rate:g} would be rounded away: {lost / number:.0%} of {part}, stored in "
+                f"{str(dtype).removeprefix('torch.')}, change only by steps over {needed:.1g}; {remedy}"
+            )
 
 
 def movement(model: nn.Module) -> dict[str, dict[str, float]]:
@@ -83,6 +84,16 @@ class Movement:
                 self.entries.append((part, parameter, state.base[plain(name)].float().to(parameter.device), True))
             elif not gains_only:
                 self.entries.append((part, parameter, sample(parameter).clone(), False))
+
+    @property
+    def gain_parts(self) -> set[str]:
+        """Parts that hold nothing but gains and biases of norms."""
+        others = {part for part, _, _, whole in self.entries if not whole}
+        return {part for part, _, _, whole in self.entries if whole} - others
+
+    def prints(self) -> list[tuple[int, int]]:
+        """Fingerprints of the trainable gains: equal ones mean that nothing has moved between."""
+        return [fingerprint(parameter) for _, parameter, _, whole in self.entries if whole]
 
     def measure(self) -> dict[str, dict[str, float]]:
         """part -> `moved` (percent) and `max_change`."""

@@ -69,12 +69,18 @@ def tuning(model: nn.Module) -> Tuning:
                 "merge it first (merge_and_unload), or load the plain base and train LoRA with the part lora"
             )
         found = dissect(model)
-        embed = next(model.get_submodule(found.embed[0]).parameters())
-        floats = (p.dtype for name in found.norms for p in model.get_submodule(name).parameters())
-        dtype = embed.dtype if embed.dtype.is_floating_point else next(floats, torch.float32)
-        state = Tuning(found, dtype)
+        state = Tuning(found, activation_dtype(model, found))
         model._normtune = state  # type: ignore[assignment]
+    elif not state.tuned and not state.origin:  # nothing is tuned: the base may have been cast since
+        state.dtype = activation_dtype(model, state.anatomy)
     return state
+
+
+def activation_dtype(model: nn.Module, found: Anatomy) -> torch.dtype:
+    """That of the embedding, or of the norms where the embedding is quantized."""
+    modules = [model.get_submodule(name) for name in [*found.embed, *found.norms]]
+    floats = (p.dtype for module in modules for p in module.parameters() if not is_quantized(p))
+    return next(floats, torch.float32)
 
 
 def plain(name: str) -> str:
@@ -172,15 +178,16 @@ def base_gains(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
-    """Two sums over the bits of an fp32 tensor: an optimizer's change shows, however it was written."""
+    """Two sums over the bits of an fp32 tensor, one weighted by position: any change shows, however it was written."""
     if tensor.is_meta:
         return 0, 0
     bits = tensor.detach().reshape(-1).view(torch.int32)
-    total = even = 0
-    for part in bits.split(CHUNK):  # a sum in int64 makes an int64 copy of what it adds
-        total += int(part.sum(dtype=torch.int64))
-        even += int(part[::2].sum(dtype=torch.int64))
-    return total, even
+    total = weighted = 0
+    for part in bits.split(CHUNK):  # int64 copies of a chunk, not of an embedding
+        wide = part.long()
+        total += int(wide.sum())
+        weighted += int((wide * torch.arange(1, len(wide) + 1, device=wide.device)).sum())
+    return total, weighted
 
 
 def changed(model: nn.Module, state: Tuning) -> list[str]:

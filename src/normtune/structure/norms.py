@@ -122,9 +122,8 @@ def formula(module: nn.Module) -> Formula:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         probe = copy_on_cpu(module)
-        gains = {name: p.double() for name, p in probe.named_parameters()}
-        bias = gains.pop("bias", None)
-        gain = next(iter(gains.values()))
+        gain, *rest = [p.double() for p in probe.parameters()]
+        bias = rest[0] if rest else None
         x = torch.randn(ROWS, *gain.shape) * 8
         deviations = {}
         for kind in ("rms*g", "rms*(1+g)", "layernorm*g", "layernorm*(1+g)"):
