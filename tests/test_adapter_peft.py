@@ -139,7 +139,9 @@ def test_peft_rounds_to_the_dtype_of_the_base(tmp_path: Path) -> None:
     export_peft(model, tmp_path / "peft")
     loaded = PeftModel.from_pretrained(BASES["llama"]().bfloat16(), tmp_path / "peft")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(logits(loaded.base_model.model), logits(model), rtol=0.1, atol=0.05)
+    ours, theirs = logits(model).float(), logits(loaded.base_model.model).float()
+    base = logits(BASES["llama"]().bfloat16()).float()
+    assert 0 < (theirs - ours).norm() < 0.6 * (base - ours).norm()
 
 
 TRAINED_BY_PEFT: list[tuple[str, dict[str, Any]]] = [

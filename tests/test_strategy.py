@@ -361,6 +361,141 @@ def test_parameter_groups() -> None:
         parameter_groups(model, 1e-3, weight_decays={"mlp": 0.1})
 
 
+def test_gains_with_two_dimensions_do_not_decay() -> None:
+    model = zoo.model("cohere_qk")
+    apply(model, ["qk_norms", "mlp"])
+    groups = parameter_groups(model, 1e-3, weight_decay=0.1)
+    assert {(g["part"], g["weight_decay"]) for g in groups} == {("qk_norms", 0.0), ("mlp", 0.1)}
+    assert {p.dim() for g in groups if g["part"] == "qk_norms" for p in g["params"]} == {2}
+
+
+def test_loose_parameters_go_with_the_connector() -> None:
+    model = zoo.model("llava_next")
+    report = apply(model, "connector")
+    assert report.part_of["model.image_newline"] == "connector"
+    assert denominator(model)["connector"] == report.parameters
+
+
+def test_a_specific_part_wins_over_the_llm() -> None:
+    report = apply(text_model("llama"), ["llm", "norms"])
+    assert sorted(set(report.part_of.values())) == ["llm", "norms"]
+    assert sum(part == "norms" for part in report.part_of.values()) == 4
+
+
+def test_an_encoder_inside_the_llm_is_no_part_of_it() -> None:
+    model = text_model("llama")
+    model.model.eyes = llava().model.vision_tower
+    report = apply(model, ["llm"])
+    assert anatomy(model).vision == ["model.eyes"] and not any("eyes" in name for name in report.trainable)
+    assert denominator(model)["vision encoder"] == sum(p.numel() for p in model.model.eyes.parameters())
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_denominator_is_the_whole_model(name: str) -> None:
+    with torch.device("meta"):
+        model = zoo.skeleton(name)
+    assert sum(denominator(model).values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_experts_that_lora_does_not_reach_are_counted() -> None:
+    model = zoo.model("qwen3_moe")
+    experts = [p for p in model.parameters() if p.dim() == 3]
+    (note,) = apply(model, ["lora"], rank=2).notes
+    assert f"{len(experts)} stacked expert tensors ({sum(p.numel() for p in experts):,} weights)" in note
+
+
+class MeanAbsoluteNorm(torch.nn.Module):
+    """A norm of its own kind: x * g / mean |x|."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight / x.abs().mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_norm_of_no_known_formula_trains_and_is_reported(dtype: torch.dtype) -> None:
+    model = text_model("llama")
+    for block in model.model.layers:
+        block.input_layernorm = MeanAbsoluteNorm(32)
+    model.to(dtype)
+    report = apply(model, "layernorm-simple")
+    assert report.formulas == {"own": 2, "rms*g": 2}
+    (note,) = report.notes
+    assert note.startswith("2 norms (MeanAbsoluteNorm) follow no known formula (nearest: rms*g, off by 0.")
+    train_steps(model, 1)
+    assert movement(model)["norms"]["moved"] == 100.0
+
+
+def test_the_dtype_of_a_base_that_is_cast_before_it_is_tuned() -> None:
+    model = text_model("llama").half()
+    with pytest.raises(InputError, match="float16"):
+        apply(model, "layernorm-simple")
+    model.bfloat16()
+    apply(model, "layernorm-simple")
+    assert tuning(model).dtype == torch.bfloat16
+
+
+def test_trained_lora_is_not_thrown_away() -> None:
+    model = llava()
+    apply(model, ["lora"], rank=2)
+    apply(model, "layernorm-simple")  # nothing has been trained yet
+    apply(model, ["lora"], rank=2)
+    train_steps(model, 1)
+    for strategy, rank in (("layernorm-simple", 2), ("lora", 4)):
+        with pytest.raises(InputError, match=r"(?s)throw away the LoRA.*normtune\.merge"):
+            apply(model, strategy, rank=rank)
+    before = model(**inputs(model)).logits
+    apply(model, ["norms", "lora"], rank=2)
+    assert torch.equal(model(**inputs(model)).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 0}, "rank 0"),
+        ({"rank": 2.5}, "rank 2.5"),
+        ({"alpha": 0}, "alpha 0"),
+        ({"dropout": 1.5}, "dropout 1.5"),
+        ({"targets": []}, "empty list of targets"),
+        ({"targets": ["regex:("]}, "no regular expression"),
+    ],
+    ids=str,
+)
+def test_wrong_lora_options_change_nothing(options: dict[str, Any], words: str) -> None:
+    model = llava()
+    apply(model, ["lora"], rank=2)
+    modules = [name for name, _ in model.named_modules()]
+    with pytest.raises(InputError, match=words):
+        apply(model, ["lora"], **options)
+    assert [name for name, _ in model.named_modules()] == modules and tuning(model).lora is not None
+
+
+@pytest.mark.parametrize("strategy", [None, [1], 7], ids=str)
+def test_what_is_no_strategy(strategy: Any) -> None:
+    with pytest.raises(InputError, match=r"strategy|unknown part"):
+        apply(llava(), strategy)
+
+
+def test_a_regex_part_means_the_same_with_lora_in_the_model() -> None:
+    model = llava()
+    pattern = r"regex:language_model.*q_proj\.weight"
+    alone = apply(model, [pattern]).parameters
+    report = apply(model, [pattern, "lora"], rank=2)
+    assert report.by_part(model)[pattern] == alone
+    assert all(report.part_of[name] == "lora" for name in report.trainable if is_lora(name))
+
+
+def test_offloaded_weights_are_refused() -> None:
+    from accelerate import cpu_offload
+
+    model = cpu_offload(text_model("llama"))
+    with pytest.raises(InputError, match=r"offloaded.*\n.*without offloading"):
+        apply(model, "layernorm-simple")
+
+
 def test_movement_is_measured_against_the_base() -> None:
     model = llava().bfloat16()
     with pytest.raises(InputError, match=r"normtune\.apply"):

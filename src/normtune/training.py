@@ -138,7 +138,10 @@ def train(
     if report is None:  # resumed after the last step: the adapter still says which strategy it is of
         report = apply_stage(loop, recipe.stages[-1])
     if loop.accelerator.is_main_process:
-        facts = {"base": {"model": recipe.model.model_dump(), "seed": recipe.seed}, "recipe": recipe_hash(recipe)}
+        facts: dict[str, Any] = {
+            "base": {"model": recipe.model.model_dump(), "seed": recipe.seed},
+            "recipe": recipe_hash(recipe),
+        }
         save_adapter(loop.model, run.adapter, **facts)
         seconds = time.monotonic() - began
         loop.log({"event": "end", "seconds": round(seconds, 2)})

@@ -66,12 +66,12 @@ def open_tuned(path: str | Path, *, force: bool = False, unquantized: bool = Fal
     if (folder / "adapter.json").is_file():
         _, record = read_adapter(folder)
         base = record.get("base")
-        if not base:
+        if not (isinstance(base, dict) and isinstance(base.get("model"), dict)):
             raise InputError(
                 f"{folder}: the adapter does not say which model it belongs to; load it with normtune.load_adapter"
             )
         base_recipe = ModelRecipe.model_validate(base["model"])
-        model, processor = build(floating(base_recipe) if unquantized else base_recipe, base["seed"])
+        model, processor = build(floating(base_recipe) if unquantized else base_recipe, base.get("seed", 0))
         return Tuned(model, processor, None, load_adapter(model, folder, force=force))
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(

@@ -78,15 +78,15 @@ class Adapter:
             raise InputError(f"{folder}: {odd[0]} holds values that are not finite; train or copy it again")
         return cls(tensors, base, record, read_lora(Path(folder) / "lora") if record.get("lora") else None)
 
-    def write(self, folder: str | Path) -> Path:
+    def write(self, folder: str | Path, *, replace: bool = False) -> Path:
         """Writes the folder, whole or not at all; returns its path.
 
         Raises:
-            InputError: the folder exists and is not empty.
+            InputError: the folder exists and is not empty (unless `replace`).
             JobError: the disk is full.
         """
         stored = {**self.tensors, **{BASE + name: tensor for name, tensor in self.base.items()}}
-        return write_adapter(Path(folder), stored, self.record, self.lora)
+        return write_adapter(Path(folder), stored, self.record, self.lora, replace)
 
     def scale(self, factor: float, *, keep_rest: bool = False) -> Adapter:
         """base + factor * change: 0 is the base, 1 this adapter, above 1 exaggerates.

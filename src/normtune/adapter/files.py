@@ -77,7 +77,11 @@ def read_lora(folder: Path) -> Lora:
 
 
 def write_adapter(
-    folder: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any], lora: Lora | None = None
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    record: dict[str, Any],
+    lora: Lora | None = None,
+    replace: bool = False,
 ) -> Path:
     """Writes an adapter folder, whole or not at all.
 
@@ -85,10 +89,10 @@ def write_adapter(
         tensors: the trained ones, and the base's under `base.`.
 
     Raises:
-        InputError: the folder exists and is not empty.
+        InputError: the folder exists and is not empty (unless `replace`).
         JobError: the disk is full.
     """
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replace) as temporary:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             temporary / "adapter.safetensors",

@@ -61,14 +61,17 @@ class Loaded:
     own_lora: tuple[dict[str, Any], Lora] | None = None
 
 
-def save_adapter(model: nn.Module, folder: str | Path, **facts: Any) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, *, replace: bool = False, **facts: Any) -> Path:
     """Writes the trained tensors of `model` (whole or not at all); `facts` (base, recipe hash, ...) go into the JSON.
 
+    Args:
+        replace: an adapter that is in the folder already.
+
     Raises:
-        InputError: nothing was tuned, or the folder exists.
-        JobError: the disk is full.
+        InputError: nothing was tuned, or the folder exists (unless `replace`).
+        JobError: the disk is full, or the model was cast as a whole since it was tuned.
     """
-    return capture(model, **facts).write(folder)
+    return capture(model, **facts).write(folder, replace=replace)
 
 
 def capture(model: nn.Module, **facts: Any) -> Adapter:
@@ -147,13 +150,14 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
     What was trained into an adapter since it was loaded is lost. Nothing happens where none was loaded.
 
     Raises:
-        InputError: an unknown name.
+        InputError: an unknown name, or something else was trained while the adapter was active.
     """
     model = unwrapped(model)
     loaded = vars(model).get(KEY) or Loaded()
     if name is not None:
         check_name(loaded, name)
     if loaded.active is not None and name in (None, loaded.active):
+        refuse_trained_beside(model, loaded)
         activate(model, loaded, None)
     gone = list(loaded.adapters) if name is None else [name]
     for key in gone:
@@ -197,6 +201,7 @@ def activate(model: nn.Module, loaded: Loaded, name: str | None) -> None:
     put_tensors(model, state, values)
     release(state, present, {*loaded.placed, *loaded.own} - values.keys())
     settle(model)
+    mark_tuned(model, state.tuned)  # whatever has a fingerprint from now on became trainable after this
     loaded.active = name
     loaded.placed, loaded.lora = ({}, None) if name is None else (dict(values), adapter.lora)
 
@@ -245,16 +250,23 @@ def refuse_trained(model: nn.Module, loaded: Loaded) -> None:
                 f"adapter {loaded.active!r} was trained since it was loaded (first {name}), and switching would lose "
                 "that;\nsave it (save_adapter), then remove_adapter and load both"
             )
+    refuse_trained_beside(model, loaded)
+
+
+def refuse_trained_beside(model: nn.Module, loaded: Loaded) -> None:
+    """Raises InputError where something else was trained while an adapter was active: no base and no adapter has it."""
     state = tuning(model)
-    if loaded.active is not None:  # everything was frozen when it was loaded: what is trainable came later
-        trained = [name for name in changed(model, state) if name in state.prints]
-        if state.lora is not None and loaded.lora is None and is_trained(model):
-            trained.append("LoRA")
-        if trained:
-            raise InputError(
-                f"{trained[0]} was trained while adapter {loaded.active!r} was active, and switching would lose that;\n"
-                "save it (save_adapter), then remove_adapter and load both"
-            )
+    if loaded.active is None:
+        return
+    # everything was frozen when the adapter was loaded: what is trainable came later
+    trained = [name for name in changed(model, state) if name in state.prints]
+    if state.lora is not None and loaded.lora is None and is_trained(model):
+        trained.append("LoRA")
+    if trained:
+        raise InputError(
+            f"{trained[0]} was trained while adapter {loaded.active!r} was active, and would be lost or left over;\n"
+            "save both in one (save_adapter), and load that onto a fresh base"
+        )
 
 
 def verify_base(model: nn.Module, adapter: Adapter, folder: Path) -> None:

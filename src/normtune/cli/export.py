@@ -72,7 +72,7 @@ def write_peft(run: str, out: Path, dtype: Dtype | None, force: bool) -> None:
 
     export_peft(open_tuned(run, force=force, unquantized=True).model, out)
     print(f"{out}: an adapter in PEFT's format, float32")
-    print(f"loads with peft: PeftModel.from_pretrained(base, {str(out)!r})")
+    print(f"loads with peft: PeftModel.from_pretrained(base, {str(out)!r}), base being what normtune.assemble gives")
     print("PEFT keeps it in the dtype of the base: in bfloat16 it rounds the gains; load a float32 base for our logits")
 
 

@@ -40,9 +40,11 @@ def resolve(strategy: str | Sequence[str]) -> tuple[str, tuple[str, ...], bool]:
     if not parts:
         raise InputError("an empty list of parts trains nothing; name at least one of " + ", ".join(PART_NAMES))
     for part in parts:
-        if part not in PART_NAMES and not part.startswith("regex:"):
+        if part not in PART_NAMES and not str(part).startswith("regex:"):
             known = ", ".join(PART_NAMES)
-            raise InputError(f"unknown part {part!r}{did_you_mean(part, PART_NAMES)}; known: {known}, regex:PATTERN")
+            raise InputError(
+                f"unknown part {part!r}{did_you_mean(str(part), PART_NAMES)}; known: {known}, regex:PATTERN"
+            )
     return "+".join(parts), parts, True
 
 
