@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from normtune import checkpoint, runlog, training
 from normtune.errors import InputError, JobError
+from normtune.kernels import HeadLoss
 from normtune.recipe import Stage
 from normtune.step import check_rates, make_optimizer, schedule, supervised_loss
-from normtune.strategy import apply
+from normtune.strategy import apply, tuning
 from normtune.training import Interrupted, train
 from normtune.tuned import open_tuned
 from stubs import inputs, llava
@@ -65,14 +66,21 @@ def test_loss_is_the_sum_over_supervised_tokens() -> None:
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_head_runs_on_supervised_columns_only() -> None:
+def test_head_runs_on_supervised_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llava()
     batch = inputs(model)
     batch["labels"] = batch["labels"].clone()
     batch["labels"][:, :-3] = -100
+    batch["labels"][1, -1] = -100
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(HeadLoss, "apply", lambda hidden, *rest: shapes.append(hidden.shape))
+    supervised_loss(model, dict(batch))
+    assert shapes == [(5, 32)]
+    monkeypatch.undo()
+    tuning(model).logits = (None,)  # logits of an unknown kind: the model's own, on columns that some row supervises
     widths: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, out: widths.append(args[0].shape[1]))
-    supervised_loss(model, batch)
+    supervised_loss(model, dict(batch))
     assert widths == [3]
 
 

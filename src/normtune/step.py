@@ -19,6 +19,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from normtune.errors import InputError, JobError
+from normtune.kernels import HeadLoss, Logits, find_logits, without_head
+from normtune.layers import unwrapped
 from normtune.recipe import Stage
 from normtune.strategy import Movement, check_step_size, parameter_groups, tuning
 
@@ -139,16 +141,36 @@ def on_device(batch: dict[str, torch.Tensor], device: torch.device, dtype: torch
 def supervised_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum of the cross-entropy over the supervised tokens of a batch, in fp32.
 
-    The head runs only at positions (columns) that some sample supervises.
+    Head and loss run on supervised positions alone, in chunks that keep no logits; where the model does something
+    unknown with its logits, on the columns that some sample supervises.
     """
     labels = batch.pop("labels")[:, 1:]  # (B, S-1): what position s predicts
+    known = head_of(unwrapped(model))
+    if known is not None:
+        head, logits = known
+        with without_head(head) as given:
+            model(**batch, use_cache=False)
+        wanted = labels != -100
+        hidden = given[0][:, :-1][wanted]  # (N, H)
+        return HeadLoss.apply(hidden, head.weight, head.bias, labels[wanted], logits)  # type: ignore
     columns = (labels != -100).any(0).nonzero().squeeze(1)  # (K)
     if len(columns) == 0:
         columns = columns.new_zeros(1)
-    logits = model(**batch, use_cache=False, logits_to_keep=columns).logits  # (B, K, V)
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=-100, reduction="sum"
-    )
+    out = model(**batch, use_cache=False, logits_to_keep=columns).logits  # (B, K, V)
+    return F.cross_entropy(out.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=-100, reduction="sum")
+
+
+def head_of(model: nn.Module) -> tuple[nn.Linear, Logits] | None:
+    """The head and what becomes of its output, found once per model; None where it is no plain linear layer."""
+    state = tuning(model)
+    if state.logits is None:
+        head = model.get_submodule(state.anatomy.head[0]) if state.anatomy.head else None
+        plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+        state.logits = (find_logits(model, head) if plain and head is not None else None,)
+    (logits,) = state.logits
+    if logits is None:
+        return None
+    return model.get_submodule(state.anatomy.head[0]), logits  # type: ignore[return-value]
 
 
 class Guard:

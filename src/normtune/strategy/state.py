@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from normtune.errors import InputError, JobError
-from normtune.kernels import Swaps, demote, is_quantized, promote, restore, swap
+from normtune.kernels import Logits, Swaps, demote, is_quantized, promote, restore, swap
 from normtune.layers import unwrapped
 from normtune.structure import Anatomy, dissect, formulas
 
@@ -39,6 +39,7 @@ class Tuning:
         prints: fingerprint of each trainable tensor when it became trainable.
         lora: options of the LoRA layers that are in the model.
         lean: whether `lean` was called.
+        logits: what the model does to its head's output, once that is known; (None,) for something else.
     """
 
     anatomy: Anatomy
@@ -51,6 +52,7 @@ class Tuning:
     report: Report | None = None
     lora: dict[str, Any] | None = None
     lean: bool = False
+    logits: tuple[Logits | None] | None = None
 
 
 def tuning(model: nn.Module) -> Tuning:
