@@ -34,6 +34,7 @@ def assert_same(ours: Any, theirs: Any, batch: dict[str, torch.Tensor]) -> None:
         assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-12, name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_gradients_of_gains_are_those_of_autograd(name: str) -> None:
     ours = zoo.model(name)

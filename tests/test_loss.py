@@ -36,6 +36,7 @@ def test_it_is_torchs_cross_entropy(bias: bool, logits: Logits, chunk: int, monk
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("strategy", ["layernorm", "layernorm-simple"])
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_loss_and_gradients_are_those_of_the_models_logits(name: str, strategy: str) -> None:

@@ -316,6 +316,7 @@ def test_lora_targets(targets: list[str] | None, leaves: set[str]) -> None:
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in report.trainable} == leaves
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_lora_adapts_every_linear_layer_and_leaves_no_trace(name: str) -> None:
     model = zoo.model(name)
