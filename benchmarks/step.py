@@ -41,11 +41,11 @@ class Method:
     step: Callable[[Sequence[Batch]], None]
 
 
-def base(hidden: int, layers: int) -> LlavaForConditionalGeneration:
+def base(hidden: int, layers: int, vocabulary: int) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
     text = LlamaConfig(
         hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, vocab_size=32000,
+        num_attention_heads=hidden // 64, vocab_size=vocabulary,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=64,
@@ -122,8 +122,8 @@ def ours(name: str, model: nn.Module, micro: int) -> Method:
     return Method(name, model, step)
 
 
-def methods(hidden: int, layers: int, device: torch.device) -> list[Method]:
-    start = base(hidden, layers).to(device)  # type: ignore[arg-type]
+def methods(hidden: int, layers: int, vocabulary: int, device: torch.device) -> list[Method]:
+    start = base(hidden, layers, vocabulary).to(device)  # type: ignore[arg-type]
     names = nt.anatomy(start).norms
     linears = nt.anatomy(start).linears
     shipped = get_peft_model(copy.deepcopy(start), LNTuningConfig(target_modules=names))
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -192,7 +193,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     every = samples(8 * (options.rounds + 1), device)
     batches = [every[start : start + 8] for start in range(0, len(every), 8)]
-    found = methods(options.hidden, options.layers, device)
+    found = methods(options.hidden, options.layers, options.vocabulary, device)
     for method in found:
         method.model.train()
     kept = {method.name: kept_bytes(method, batches[0]) for method in found}
@@ -203,7 +204,8 @@ def main() -> None:
         rows.append({"method": name, "samples_per_second": middle, "quartiles": [low, high], "kept_bytes": kept[name]})
     ours_rate, first, lora = (rows[i]["samples_per_second"] for i in (-1, 0, 2))
     ratios = {"to LNTuning as shipped": ours_rate / first, "to LoRA": ours_rate / lora}
-    shape = {"hidden": options.hidden, "layers": options.layers, "threads": options.threads, "device": str(device)}
+    shape = {key: getattr(options, key) for key in ("hidden", "layers", "vocabulary", "threads")}
+    shape["device"] = str(device)
     options.json.parent.mkdir(exist_ok=True, parents=True)
     record = {"shape": shape, "rows": rows, "ratios": ratios, "provenance": provenance()}
     options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -17,18 +17,8 @@ def test_step_writes_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     threads = torch.get_num_threads()
-    arguments = [
-        "--hidden",
-        "64",
-        "--layers",
-        "1",
-        "--rounds",
-        "2",
-        "--threads",
-        "1",
-        "--json",
-        str(tmp_path / "a.json"),
-    ]
+    shape = ["--hidden", "64", "--layers", "1", "--vocabulary", "1000", "--rounds", "2", "--threads", "1"]
+    arguments = [*shape, "--json", str(tmp_path / "a.json")]
     monkeypatch.setattr(sys, "argv", ["step", *arguments])
     try:
         step.main()
