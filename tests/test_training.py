@@ -20,7 +20,7 @@ from normtune import checkpoint, runlog, training
 from normtune.errors import InputError, JobError
 from normtune.kernels import HeadLoss
 from normtune.recipe import Stage
-from normtune.step import check_rates, make_optimizer, schedule, supervised_loss
+from normtune.step import add_throughput, check_rates, make_optimizer, schedule, supervised_loss
 from normtune.strategy import apply, tuning
 from normtune.training import Interrupted, train
 from normtune.tuned import open_tuned
@@ -64,6 +64,18 @@ def test_loss_is_the_sum_over_supervised_tokens() -> None:
     count = int((labels[:, 1:] != -100).sum())
     wanted = model(**batch, labels=labels).loss * count
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_throughput_counts_the_wait_for_data() -> None:
+    record: dict[str, Any] = {"tokens": 300, "supervised_tokens": 30, "seconds": 2.0}
+    add_throughput(record, 1.0)
+    assert record == {
+        "tokens": 300,
+        "supervised_tokens": 30,
+        "tokens_per_second": 100.0,
+        "supervised_per_second": 10.0,
+        "data_wait": 0.3333,
+    }
 
 
 def test_head_runs_on_supervised_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from normtune.errors import InputError, JobError
 from normtune.kernels import HeadLoss, Logits, find_logits, without_head
 from normtune.layers import unwrapped
 from normtune.recipe import Stage
-from normtune.strategy import Movement, check_step_size, parameter_groups, tuning
+from normtune.strategy import Movement, Report, check_step_size, parameter_groups, tuning
 
 GUARD_STEPS = 10  # a gain that trains at all has moved by then
 
@@ -61,6 +61,24 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
         weight_decays=stage.weight_decays,
     )
     return torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups], lr=stage.learning_rate)
+
+
+def description(
+    model: nn.Module, stage: Stage, report: Report, left: Sequence[str], optimizer: torch.optim.Optimizer
+) -> list[str]:
+    """What a stage trains, line by line: parts, notes, what is not lean (`left`), the optimizer's groups."""
+    parts = ", ".join(f"{part} {count:,}" for part, count in report.by_part(model).items())
+    skipped = f"; the model has no {', '.join(report.skipped)}" if report.skipped else ""
+    groups = [
+        f"{group['part']}: {len(group['params'])} tensors, {sum(p.numel() for p in group['params']):,} values, "
+        f"learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}"
+        for group in optimizer.param_groups
+    ]
+    head = (
+        f"{stage.name}: {report.strategy} trains {report.parameters:,} of {report.total:,} parameters "
+        f"({report.percent:.4g} %, {report.bytes / 2**20:.2f} MiB in fp32): {parts}{skipped}"
+    )
+    return [head, *(f"  {text}" for text in (*report.notes, *(f"not lean: {what}" for what in left), *groups))]
 
 
 def schedule(stage: Stage, step: int, total: int) -> float:
@@ -129,8 +147,20 @@ def take_step(
         "learning_rate": optimizer.param_groups[0]["lr"],
         "supervised_tokens": supervised,
         "tokens": tokens,
-        "tokens_per_second": round(tokens / seconds, 1),
+        "seconds": seconds,
     }
+
+
+def add_throughput(record: dict[str, Any], waited: float) -> None:
+    """Replaces `seconds` of a step's record by what they and the wait for its data come to.
+
+    `tokens_per_second` counts every token of the batch (image tokens too, padding not), `supervised_per_second` those
+    that the loss is taken over, `data_wait` is the share of the time spent waiting for data.
+    """
+    seconds = record.pop("seconds") + waited
+    record["tokens_per_second"] = round(record["tokens"] / seconds, 1)
+    record["supervised_per_second"] = round(record["supervised_tokens"] / seconds, 1)
+    record["data_wait"] = round(waited / seconds, 4)
 
 
 def on_device(batch: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ from normtune.errors import InputError, NormtuneError
 from normtune.progress import Bar, say
 from normtune.recipe import Recipe, Stage, load_recipe, override_texts, parse_interval, recipe_hash, to_yaml
 from normtune.runlog import Run
-from normtune.step import Guard, check_rates, make_optimizer, note_of, take_step
+from normtune.step import Guard, add_throughput, check_rates, description, make_optimizer, note_of, take_step
 from normtune.strategy import Report, apply, check, lean, restore, tuning
 from normtune.tuned import build, open_tuned
 
@@ -265,13 +265,13 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     stage, seed = loop.recipe.stages[index], loop.recipe.seed * 1000 + index
     report = apply_stage(loop, stage)
     swaps = lean(loop.model)
-    describe(loop, stage, report, swaps.left)
     mixture = loop.mixtures[index]
     collator = Collator(loop.processor, stage.max_length)
     per_epoch, total = steps_of(stage, mixture)
     earlier = sum(steps_of(s, m)[1] for s, m in zip(loop.recipe.stages[:index], loop.mixtures, strict=False))
     optimizer = make_optimizer(loop.model, stage)
-    describe_groups(loop, optimizer)
+    for line in description(loop.model, stage, report, swaps.left, optimizer):
+        loop.say(line)
     if first_step:
         path = loop.run.checkpoints / f"{stage.name}-{first_step}"
         load_optimizer(loop.model, optimizer, read_tensors(path))
@@ -301,8 +301,11 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
         ahead = pool.submit(batches, first_step) if first_step < total else None
         for step in range(first_step, total):
             assert ahead is not None
+            began = time.perf_counter()
             ready, ahead = ahead.result(), pool.submit(batches, step + 1) if step + 1 < total else None
+            waited = time.perf_counter() - began
             record = take_step(loop.accelerator, model, optimizer, ready, stage, step, total)
+            add_throughput(record, waited)
             guard.measure(step + 1, record)
             loop.log({"stage": stage.name, "step": step + 1, **record}, step=earlier + step + 1)
             bar.update(step + 1, note_of(record))
@@ -318,26 +321,6 @@ def steps_of(stage: Stage, mixture: Mixture) -> tuple[int, int]:
     """Optimizer steps of an epoch, and of the stage."""
     per_epoch = math.ceil(len(mixture.order(0, 0)) / stage.batch_size)
     return per_epoch, stage.max_steps or stage.epochs * per_epoch
-
-
-def describe(loop: Loop, stage: Stage, report: Report, left: list[str]) -> None:
-    parts = ", ".join(f"{part} {count:,}" for part, count in report.by_part(loop.model).items())
-    skipped = f"; the model has no {', '.join(report.skipped)}" if report.skipped else ""
-    loop.say(
-        f"{stage.name}: {report.strategy} trains {report.parameters:,} of {report.total:,} parameters "
-        f"({report.percent:.4g} %, {report.bytes / 2**20:.2f} MiB in fp32): {parts}{skipped}"
-    )
-    for note in [*report.notes, *(f"not lean: {what}" for what in left)]:
-        loop.say(f"  {note}")
-
-
-def describe_groups(loop: Loop, optimizer: torch.optim.Optimizer) -> None:
-    for group in optimizer.param_groups:
-        size = sum(p.numel() for p in group["params"])
-        loop.say(
-            f"  {group['part']}: {len(group['params'])} tensors, {size:,} values, learning rate {group['lr']:g}, "
-            f"weight decay {group['weight_decay']:g}"
-        )
 
 
 def keep_safe(loop: Loop, optimizer: torch.optim.Optimizer, index: int, step: int, total: int) -> None:
