@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from normtune.errors import InputError
-from normtune.strategy import STRATEGIES, apply, count, tuning
+from normtune.strategy import apply, count, tuning
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,15 @@ def denominator(model: nn.Module) -> dict[str, int]:
     """
     state = tuning(model)
     found = state.anatomy
-    left = {id(p): count(p) for p in model.parameters()}
-    for name in found.constant:
-        for parameter in model.get_submodule(name).parameters():
-            left.pop(id(parameter))
-    counted = {}
+    constants = found.constants(model)
+    left = {id(p): count(p) for p in model.parameters() if id(p) not in constants}
+    text = not found.vision and not found.connector
     # the encoder first: in some models it is inside the LLM's module
-    roots = {"vision encoder": found.vision, "LLM": found.modules("llm"), "connector": found.connector}
-    for label, names in roots.items():
-        parameters = [p for name in names for p in model.get_submodule(name).parameters()]
-        if label == "LLM" and not found.vision and not found.connector:
-            parameters = list(model.parameters())
-        if label == "connector":
-            parameters += [model.get_parameter(name) for name in found.loose]
-        counted[label] = sum(left.pop(id(p), 0) for p in parameters)
+    members = {
+        "vision encoder": found.parameters(model, "vision"),
+        "LLM": list(model.parameters()) if text else found.parameters(model, "llm"),
+        "connector": found.parameters(model, "connector"),
+    }
+    counted = {label: sum(left.pop(id(p), 0) for p in parameters) for label, parameters in members.items()}
     counted["other"] = sum(left.values())
     return {label: counted[label] for label in ("LLM", "vision encoder", "connector", "other") if counted[label]}
-
-
-__all__ = ["STRATEGIES", "Share", "denominator", "shares"]

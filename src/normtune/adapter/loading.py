@@ -36,6 +36,7 @@ from normtune.strategy import (
     parameters,
     refuse_cast,
     settle,
+    to_float32,
     tuning,
     witnesses,
 )
@@ -175,9 +176,7 @@ def put_tensors(model: nn.Module, state: Tuning, values: Mapping[str, torch.Tens
     hold_base(model, values)
     for name, parameter in parameters(model).items():
         if name in values:
-            if parameter.dtype != torch.float32:
-                state.origin[name] = parameter.dtype
-                parameter.data = parameter.data.float()
+            to_float32(state, name, parameter)
             with torch.no_grad():
                 parameter.copy_(values[name])
     mark_tuned(model, values)

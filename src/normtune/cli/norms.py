@@ -34,9 +34,9 @@ def norms(
 
     empty = skeleton(model)
     found = anatomy(empty)
-    constant = {id(p) for name in found.constant for p in empty.get_submodule(name).parameters()}
-    total = sum(p.numel() for p in empty.parameters() if id(p) not in constant)
-    parts = {part: facts for part in ROWS if (facts := describe(empty, found, part, constant, total))}
+    constants = found.constants(empty)
+    total = sum(p.numel() for p in empty.parameters() if id(p) not in constants)
+    parts = {part: facts for part in ROWS if (facts := describe(empty, found, part, total))}
     dtype = str(next(empty.parameters()).dtype).removeprefix("torch.")
     if json:
         about = {"model": model, "class": type(empty).__name__, "parameters": total, "dtype": dtype}
@@ -58,17 +58,15 @@ def norms(
     print_table(["part", "modules", "parameters", "bytes", "% of model", "formula", "first"], rows, title)
 
 
-def describe(model: nn.Module, found: Anatomy, part: str, constant: set[int], total: int) -> dict[str, Any] | None:
+def describe(model: nn.Module, found: Anatomy, part: str, total: int) -> dict[str, Any] | None:
     """Modules, parameters, bytes (in the config's dtype), share and formulas of a part; None if the model lacks it."""
     from normtune.structure import formulas
 
     names = found.modules(part)
     if not names:
         return None
-    parameters = [p for name in names for p in model.get_submodule(name).parameters()]
-    parameters += [model.get_parameter(name) for name in (found.loose if part == "connector" else ())]
-    members = {id(p): p for p in parameters if id(p) not in constant}
-    count = sum(p.numel() for p in members.values())
+    members = found.parameters(model, part)
+    count = sum(p.numel() for p in members)
     kinds: Counter[str] = Counter()
     if "norm" in part:
         for formula in formulas(model, names).values():
@@ -77,7 +75,7 @@ def describe(model: nn.Module, found: Anatomy, part: str, constant: set[int], to
     return {
         "modules": len(names),
         "parameters": count,
-        "bytes": sum(p.numel() * p.element_size() for p in members.values()),
+        "bytes": sum(p.numel() * p.element_size() for p in members),
         "percent": 100 * count / total,
         "formulas": dict(kinds),
         "names": names,

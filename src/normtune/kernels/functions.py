@@ -62,6 +62,13 @@ class LeanNorm(torch.autograd.Function):
         return grad_x, grad_gain, grad_bias, None, None, None, None
 
 
+def again(act: Unary, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A leaf with the values of `x`, and act of it with a graph, for the gradient of act."""
+    with torch.enable_grad():
+        start = x.detach().requires_grad_()
+        return start, act(start)
+
+
 class GatedProduct(torch.autograd.Function):
     """y = act(gate) * up, all of one shape (..., I); act is any element-wise function without parameters."""
 
@@ -75,9 +82,7 @@ class GatedProduct(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            start = gate.detach().requires_grad_()
-            active = ctx.act(start)
+        start, active = again(ctx.act, gate)
         (grad_gate,) = torch.autograd.grad(active, start, grads[0] * up)
         return grad_gate, grads[0] * active.detach(), None
 
@@ -95,7 +100,5 @@ class Elementwise(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (x,) = ctx.saved_tensors
-        with torch.enable_grad():
-            start = x.detach().requires_grad_()
-            active = ctx.act(start)
+        start, active = again(ctx.act, x)
         return torch.autograd.grad(active, start, grads[0])[0], None

@@ -28,6 +28,7 @@ from normtune.strategy.state import (
     refuse_cast,
     sample,
     settle,
+    to_float32,
     tuning,
     witnesses,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "restore",
     "sample",
     "settle",
+    "to_float32",
     "tuning",
     "witnesses",
 ]

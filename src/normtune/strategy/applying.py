@@ -14,9 +14,8 @@ from normtune.errors import InputError
 from normtune.kernels import is_quantized, keep_differentiable
 from normtune.layers import unwrapped
 from normtune.strategy.lora import add_lora, check_options, is_trained, lora_targets, remove_lora
-from normtune.strategy.state import GAIN_PARTS, Tuning, count, gain_names, plain, set_trainable, tuning
+from normtune.strategy.state import GAIN_PARTS, Tuning, count, gain_names, norm_formulas, plain, set_trainable, tuning
 from normtune.strategy.table import resolve, select
-from normtune.structure import formulas
 
 
 @dataclass
@@ -201,12 +200,12 @@ def make_report(
     skipped: list[str],
 ) -> Report:
     found = state.anatomy
-    constant = {id(p) for name in found.constant for p in model.get_submodule(name).parameters()}
-    counted = [(name, p) for name, p in model.named_parameters() if id(p) not in constant]
+    constants = found.constants(model)
+    counted = [(name, p) for name, p in model.named_parameters() if id(p) not in constants]
     trainable = [(name, p) for name, p in counted if name in part_of]
     owners = {plain(name).rpartition(".")[0] for name, _ in trainable}
     norms = [name for part in GAIN_PARTS for name in found.modules(part) if name in owners]
-    kinds = formulas(model, norms)
+    kinds = norm_formulas(model, norms)
     return Report(
         strategy=label,
         parts=parts,

@@ -16,7 +16,7 @@ from torch import nn
 from normtune.errors import InputError, JobError
 from normtune.kernels import Logits, Swaps, demote, is_quantized, promote, restore, swap
 from normtune.layers import unwrapped
-from normtune.structure import Anatomy, dissect, formulas
+from normtune.structure import Anatomy, Formula, dissect, formulas
 
 if TYPE_CHECKING:
     from normtune.strategy.applying import Report
@@ -39,6 +39,7 @@ class Tuning:
         prints: fingerprint of each trainable tensor when it became trainable.
         lora: options of the LoRA layers that are in the model.
         lean: whether `lean` was called.
+        formulas: of the norms that were asked for.
         logits: what the model does to its head's output, once that is known; (None,) for something else.
     """
 
@@ -52,6 +53,7 @@ class Tuning:
     report: Report | None = None
     lora: dict[str, Any] | None = None
     lean: bool = False
+    formulas: dict[str, Formula] = field(default_factory=dict)
     logits: tuple[Logits | None] | None = None
 
 
@@ -269,5 +271,13 @@ def match_precision(model: nn.Module, state: Tuning) -> None:
 
 def swap_forwards(model: nn.Module, state: Tuning) -> Swaps:
     found = state.anatomy
-    norms = dict.fromkeys([*found.norms, *found.final_norm, *found.qk_norms])
-    return swap(model, formulas(model, norms), found.mlp, found.attn)
+    norms = norm_formulas(model, [*found.norms, *found.final_norm, *found.qk_norms])
+    return swap(model, norms, found.mlp, found.attn)
+
+
+def norm_formulas(model: nn.Module, names: Iterable[str]) -> dict[str, Formula]:
+    """`structure.formulas`, each norm probed once per model."""
+    known = tuning(model).formulas
+    wanted = dict.fromkeys(names)
+    known.update(formulas(model, [name for name in wanted if name not in known]))
+    return {name: known[name] for name in wanted}

@@ -99,7 +99,7 @@ def missing(model: nn.Module, found: Anatomy, part: str) -> str:
 def part_parameters(model: nn.Module, found: Anatomy, part: str) -> list[str]:
     """Names of a part's parameters, tied ones under their first name, constant modules left out."""
     tied = {id(p): name for name, p in model.named_parameters()}
-    constant = {id(p) for name in found.constant for p in model.get_submodule(name).parameters()}
+    constant = found.constants(model)
     if part == "lora":
         return [name for name in tied.values() if is_lora(name)]
     if part.startswith("regex:"):

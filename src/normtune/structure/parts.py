@@ -54,6 +54,18 @@ class Anatomy:
             return self.linears if part == "lora" else [self.llm]
         return list(getattr(self, part))
 
+    def constants(self, model: nn.Module) -> set[int]:
+        """Identities of the tensors that are never trained or counted."""
+        return {id(p) for name in self.constant for p in model.get_submodule(name).parameters()}
+
+    def parameters(self, model: nn.Module, part: str) -> list[nn.Parameter]:
+        """A part's tensors, tied ones once, loose ones with the connector, constant ones left out."""
+        found = {id(p): p for name in self.modules(part) for p in model.get_submodule(name).parameters()}
+        if part == "connector":
+            found |= {id(p): p for p in map(model.get_parameter, self.loose)}
+        constants = self.constants(model)
+        return [p for key, p in found.items() if key not in constants]
+
 
 def anatomy(model: nn.Module) -> Anatomy:
     """The anatomy of a decoder-only LLM or of an MLLM around one; weights may be on the meta device.
