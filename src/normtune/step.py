@@ -110,7 +110,7 @@ def take_step(
     dtype = tuning(accelerator.unwrap_model(model)).dtype
     own = [
         sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches),
-        sum(int(batch["attention_mask"].sum()) for batch in batches),
+        sum(tokens_of(batch) for batch in batches),
     ]
     supervised, tokens = accelerator.reduce(torch.tensor(own, device=accelerator.device)).tolist()
     if supervised == 0:
@@ -163,31 +163,61 @@ def add_throughput(record: dict[str, Any], waited: float) -> None:
     record["data_wait"] = round(waited / seconds, 4)
 
 
+def tokens_of(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a batch, image tokens too, padding not."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+
+ON_CPU = ("labels", "lengths")
+"""What the host reads of a batch: on a GPU each look would wait for all that was queued there."""
+
+
 def on_device(batch: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The batch on `device`; pixels in the base's dtype, since not every encoder casts them itself."""
-    return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in batch.items()}
+    moved = {k: v for k, v in batch.items() if k not in ON_CPU}
+    moved = {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in moved.items()}
+    return moved | {k: batch[k] for k in ON_CPU if k in batch}
 
 
 def supervised_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the cross-entropy over the supervised tokens of a batch, in fp32.
+    """Sum of the cross-entropy over the supervised tokens of a batch, in fp32; `labels` are best on the CPU."""
+    batch = dict(batch)
+    rows, targets = positions(batch.pop("labels"))
+    device = batch["input_ids"].device
+    return loss_at(model, batch, rows.to(device), targets.to(device))
 
-    Head and loss run on supervised positions alone, in chunks that keep no logits; where the model does something
-    unknown with its logits, on the columns that some sample supervises.
+
+def positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where something is predicted that is supervised, and what: labels (B, S) -> rows (N), targets (N).
+
+    Rows count positions of the flattened (B, S); position s predicts label s + 1.
     """
-    labels = batch.pop("labels")[:, 1:]  # (B, S-1): what position s predicts
+    wanted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    (rows,) = torch.nonzero(wanted != -100, as_tuple=True)
+    return rows, wanted[rows]
+
+
+def loss_at(
+    model: nn.Module, batch: dict[str, torch.Tensor], rows: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum of the cross-entropy at `rows` (N) of the batch's flattened positions against `targets` (N), in fp32.
+
+    Head and loss run at these positions alone, in chunks that keep no logits; where the model does something unknown
+    with its logits, on the columns of all rows. Shapes do not depend on data while the head is a plain one.
+    """
     known = head_of(unwrapped(model))
     if known is not None:
         head, logits = known
         with without_head(head) as given:
             model(**batch, use_cache=False)
-        wanted = labels != -100
-        hidden = given[0][:, :-1][wanted]  # (N, H)
-        return HeadLoss.apply(hidden, head.weight, head.bias, labels[wanted], logits)  # type: ignore
-    columns = (labels != -100).any(0).nonzero().squeeze(1)  # (K)
+        hidden = given[0].flatten(0, 1).index_select(0, rows)  # (N, H)
+        return HeadLoss.apply(hidden, head.weight, head.bias, targets, logits)  # type: ignore
+    width = batch["input_ids"].shape[1]
+    columns, place = torch.unique(rows % width, return_inverse=True)
     if len(columns) == 0:
         columns = columns.new_zeros(1)
     out = model(**batch, use_cache=False, logits_to_keep=columns).logits  # (B, K, V)
-    return F.cross_entropy(out.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(out[rows // width, place].float(), targets, reduction="sum")
 
 
 def head_of(model: nn.Module) -> tuple[nn.Linear, Logits] | None:
