@@ -16,13 +16,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from normtune import checkpoint, runlog, training
+from normtune import checkpoint, runlog
 from normtune.errors import InputError, JobError
 from normtune.kernels import HeadLoss
 from normtune.recipe import Stage
 from normtune.step import add_throughput, check_rates, make_optimizer, schedule, supervised_loss
 from normtune.strategy import apply, tuning
 from normtune.training import Interrupted, train
+from normtune.training import loop as stage_loop
 from normtune.tuned import open_tuned
 from stubs import inputs, llava
 from toys import toy_data, toy_recipe
@@ -140,19 +141,19 @@ def test_resumed_run_is_bit_identical(
 ) -> None:
     recipe["stages"][1].update(strategy=strategy, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
     train(recipe, out=tmp_path / "whole", quiet=True)
-    whole = training.keep_safe
+    whole = stage_loop.keep_safe
 
     def interrupting(loop: Any, optimizer: Any, index: int, step: int, total: int) -> None:
         if (loop.recipe.stages[index].name, step) == stop_at:
             loop.stop.set()
         whole(loop, optimizer, index, step, total)
 
-    monkeypatch.setattr(training, "keep_safe", interrupting)
+    monkeypatch.setattr(stage_loop, "keep_safe", interrupting)
     with pytest.raises(Interrupted, match="--resume") as error:
         train(recipe, out=tmp_path / "cut", quiet=True)
     assert error.value.exit_code == 130
     assert not (tmp_path / "cut" / "adapter").exists()
-    monkeypatch.setattr(training, "keep_safe", whole)
+    monkeypatch.setattr(stage_loop, "keep_safe", whole)
     train(recipe, out=tmp_path / "cut", resume=True, quiet=True)
     assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / "cut"))
     if strategy == "lora":
@@ -388,7 +389,7 @@ def test_a_folder_that_was_there_before_is_never_removed(recipe: dict[str, Any],
     for path in (*(tmp_path / "run").glob("checkpoints/*/state.json"), tmp_path / "run" / "adapter" / "adapter.json"):
         path.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "take_step", raise_input_error)
+        patch.setattr(stage_loop, "take_step", raise_input_error)
         with pytest.raises(InputError, match="a broken image"):
             train(recipe, out=tmp_path / "run", resume=True, quiet=True)
     assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()

@@ -1,7 +1,7 @@
 """Checkpoints of a training: complete or absent, without pickle, never the frozen base.
 
 On disk `checkpoints/STAGE-STEP/`: `tensors.safetensors` (tuned parameters under `p.`, AdamW's moments under `m.` and
-`v.`, its steps under `s.`, the random state under `rng`) and `state.json`. Not here: when to write one (training.py).
+`v.`, its steps under `s.`, the random state under `rng`) and `state.json`. Not here: when to write one (training/).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The run folder: what is in it, and how files get there whole.
 
 Scope: atomic files and folders (temporary name, fsync, rename), the run folder's layout, JSON lines, provenance.
-Not here: what a checkpoint holds (training.py), what an adapter holds (adapter.py).
+Not here: what a checkpoint holds (training/), what an adapter holds (adapter.py).
 """
 
 from __future__ import annotations

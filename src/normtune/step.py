@@ -2,7 +2,7 @@
 
 The loss of a step is the sum of the cross-entropy over its supervised tokens divided by their count over all
 micro-batches and processes, so that accumulation 1, accumulation 4 and two processes give the same update.
-Not here: the order of steps and stages (training.py).
+Not here: the order of steps and stages (training/).
 """
 
 from __future__ import annotations

@@ -1,0 +1,98 @@
+"""One training loop for every stage and strategy.
+
+`train(recipe)`: build the model, then per stage: apply the strategy, stream the data, step AdamW, log, checkpoint;
+at the end an adapter. The order of the data depends on (seed, stage, epoch, step) alone, so a checkpoint is a step
+number. Not here: what a strategy is (strategy/), one step (step.py), batches (data.py), files (checkpoint.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from normtune.adapter import save_adapter
+from normtune.checkpoint import check_same, list_checkpoints
+from normtune.errors import InputError
+from normtune.progress import say
+from normtune.recipe import Recipe, load_recipe, override_texts, recipe_hash
+from normtune.runlog import Run
+from normtune.strategy import Report, restore
+from normtune.training.loop import Interrupted, apply_stage, interruptible, run_stage
+from normtune.training.starting import check_lora_order, recover, start
+from normtune.tuned import open_tuned
+
+__all__ = ["Interrupted", "Trained", "train"]
+
+
+@dataclass
+class Trained:
+    """A finished run: its folder, the tuned model (in memory) and its processor, the last stage's report."""
+
+    folder: Path
+    model: Any
+    processor: Any
+    report: Report | None
+    seconds: float
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **overrides: Any,
+) -> Trained:
+    """Runs every stage of a recipe; leaves `runs/NAME` (or `out`) with log, checkpoints and adapter.
+
+    Args:
+        overrides: recipe keys by dotted name, e.g. `seed=1`, `**{"stages.1.learning_rate": 1e-4}`.
+
+    Raises:
+        InputError: wrong recipe, model or data; a run folder that exists (without `resume`).
+        JobError: loss not finite, gains that do not move, disk full.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
+    """
+    began = time.monotonic()
+    recipe = load_recipe(recipe, override_texts(overrides))
+    check_lora_order(recipe)
+    run = Run(Path(out) if out else Path("runs") / recipe.name)
+    if resume and (run.adapter / "adapter.json").is_file():
+        check_same(recipe, run)
+        if not quiet:
+            say(f"{run.folder} is finished already; nothing to resume")
+        tuned = open_tuned(run.folder)
+        return Trained(run.folder, tuned.model, tuned.processor, None, 0.0)
+    fresh = not run.folder.exists()
+    loop = start(recipe, run, resume, quiet)
+    report = None
+    try:
+        with interruptible(loop.stop):
+            first, step = recover(loop, resume)
+            for index in range(first, len(recipe.stages)):
+                report = run_stage(loop, index, step)
+                step = 0
+    except InputError:
+        if fresh and not list_checkpoints(run.checkpoints):  # nothing was trained: leave no run in the way
+            shutil.rmtree(run.folder, ignore_errors=True)
+        raise
+    restore(loop.model)
+    loop.accelerator.wait_for_everyone()
+    if report is None:  # resumed after the last step: the adapter still says which strategy it is of
+        report = apply_stage(loop, recipe.stages[-1])
+    if loop.accelerator.is_main_process:
+        facts: dict[str, Any] = {
+            "base": {"model": recipe.model.model_dump(), "seed": recipe.seed},
+            "recipe": recipe_hash(recipe),
+        }
+        save_adapter(loop.model, run.adapter, **facts)
+        seconds = time.monotonic() - began
+        loop.log({"event": "end", "seconds": round(seconds, 2)})
+        loop.say(f"adapter written to {run.adapter}")
+    if recipe.trackers:
+        loop.accelerator.end_training()
+    return Trained(run.folder, loop.model, loop.processor, report, time.monotonic() - began)

@@ -1,0 +1,104 @@
+"""How a run begins: everything is checked before anything is written; where an interrupted one goes on."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from normtune.checkpoint import check_same, finished_first_stage, list_checkpoints, load_parameters, read_tensors
+from normtune.data import Mixture
+from normtune.errors import InputError
+from normtune.progress import say
+from normtune.recipe import Recipe, recipe_hash, to_yaml
+from normtune.runlog import Run
+from normtune.step import check_rates
+from normtune.strategy import check
+from normtune.training.loop import Loop, apply_stage
+from normtune.tuned import build
+
+
+def check_lora_order(recipe: Recipe) -> None:
+    """A later stage without LoRA, or with other options of it, would throw an earlier stage's LoRA away."""
+    uses = ["lora" in stage.strategy for stage in recipe.stages]
+    for before, (has, following) in enumerate(itertools.pairwise(uses)):
+        if has and not following:
+            names = recipe.stages[before].name, recipe.stages[before + 1].name
+            raise InputError(f"stage {names[0]} trains lora and {names[1]} does not: lora must stay to the last stage")
+        if has and recipe.stages[before].lora != recipe.stages[before + 1].lora:
+            raise InputError("two stages train lora with different options: give both the same rank, alpha and dropout")
+
+
+def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
+    """Device, data check, model and run folder; nothing is written before all input has proved usable."""
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    accelerator = make_accelerator(recipe, run)
+    if resume and run.recipe.is_file():
+        check_same(recipe, run)
+    elif not resume:
+        Run.refuse_existing(run.folder)
+    torch.manual_seed(recipe.seed)
+    model, processor = build(recipe.model, recipe.seed)
+    for stage in recipe.stages:
+        check_rates(stage, check(model, stage.strategy, stage.lora.targets))
+    mixtures = [Mixture(stage.data) for stage in recipe.stages]
+    if recipe.start_from is not None:
+        finished_first_stage(recipe, Path(recipe.start_from))
+    if accelerator.is_main_process and not run.recipe.is_file():
+        if resume:
+            say(f"no run to resume in {run.folder}: starting from the beginning")
+        Run.create(run.folder, to_yaml(recipe))
+    accelerator.wait_for_everyone()
+    model.to(accelerator.device)  # type: ignore[arg-type]
+    if recipe.trackers:
+        accelerator.init_trackers("normtune", {"recipe": recipe.name, "hash": recipe_hash(recipe), "seed": recipe.seed})
+    return Loop(recipe, run, accelerator, model, processor, mixtures, quiet)
+
+
+def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
+    kind, _, number = recipe.device.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda, but torch finds no CUDA device; use device: auto or cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device: mps, but torch finds no MPS device; use device: auto or cpu")
+    if number:
+        torch.cuda.set_device(int(number))
+    for tracker in recipe.trackers:
+        try:
+            __import__(tracker)
+        except ImportError:
+            raise InputError(f"trackers: {tracker} is not installed; pip install {tracker}") from None
+    return Accelerator(
+        cpu=kind == "cpu", log_with=list(recipe.trackers) or None, project_dir=str(run.folder / "trackers")
+    )
+
+
+def recover(loop: Loop, resume: bool) -> tuple[int, int]:
+    """(stage, step) to go on from: a checkpoint of this run, the first stage of `start_from`, or the start."""
+    found = list_checkpoints(loop.run.checkpoints) if resume else []
+    while found:
+        position, path = found.pop()
+        try:
+            tensors = read_tensors(path)
+        except InputError as error:
+            loop.say(str(error))
+            continue
+        stage = loop.recipe.stages[position.stage]
+        if not position.finished or position.lora:
+            apply_stage(loop, stage)
+        load_parameters(loop.model, tensors, path)
+        loop.say(f"resuming after step {position.step} of {position.name}")
+        return (position.stage + 1, 0) if position.finished else (position.stage, position.step)
+    if resume:
+        loop.say("no usable checkpoint: starting from the beginning")
+    if loop.recipe.start_from is None:
+        return 0, 0
+    path = finished_first_stage(loop.recipe, Path(loop.recipe.start_from))
+    if "lora" in loop.recipe.stages[0].strategy:
+        apply_stage(loop, loop.recipe.stages[0])
+    load_parameters(loop.model, read_tensors(path), path)
+    loop.say(f"stage {loop.recipe.stages[0].name} taken from {path}")
+    return 1, 0
