@@ -11,7 +11,9 @@ from torch import nn
 
 import zoo
 from normtune.adapter import load_adapter, merge, save_adapter
+from normtune.errors import InputError
 from normtune.kernels.attention import LeanAttention, additive, repeat
+from normtune.kernels.functions import kept, quantize
 from normtune.kernels.mlp import find_mlp
 from normtune.strategy import apply, lean, restore
 from stubs import inputs, llava, text_model
@@ -60,6 +62,46 @@ def test_other_strategies_get_the_same_gradients(name: str, strategy: Any) -> No
                 nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(0))
     lean(ours)
     assert_same(ours, theirs, zoo.batch(name))
+
+
+@pytest.mark.parametrize("strategy", ["layernorm-simple", "layernorm"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "llava"])
+def test_8_bit_activations_move_gradients_by_less_than_a_percent(name: str, strategy: str) -> None:
+    ours = zoo.model(name)
+    theirs = copy.deepcopy(ours)
+    for model in (ours, theirs):
+        apply(model, strategy)
+    assert lean(ours, "8bit").mlps > 0
+    logits, grads = outcome(ours, zoo.batch(name))
+    wanted_logits, wanted = outcome(theirs, zoo.batch(name))
+    assert torch.equal(logits, wanted_logits)
+    ours_flat, wanted_flat = (torch.cat([d[key].flatten() for key in wanted]) for d in (grads, wanted))
+    assert 0 < (ours_flat - wanted_flat).norm() <= 0.01 * wanted_flat.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("width", "size"), [(688, 172), (11008, 172), (14336, 128), (64, 64), (10, 10), (331, 331)])
+def test_quantization_is_off_by_half_a_step_at_most(width: int, size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, width, generator=generator) * 10.0 ** torch.randint(-4, 4, (3, 5, 1), generator=generator)
+    x[0] = 0
+    x = x.to(dtype)
+    values, scale = quantize(x)
+    assert values.dtype == torch.int8 and scale.dtype == dtype and values.shape == (3, 5, width // size, size)
+    assert int(values.abs().max()) <= 127
+    back, steps = kept((values, scale)).float(), scale.float().expand(values.shape).flatten(-2)
+    rounding = 2 * torch.finfo(dtype).eps * x.float().abs()  # of x / scale and of values * scale
+    assert ((back - x.float()).abs() <= 0.5 * steps + rounding).all()
+    assert torch.equal(back[0], torch.zeros(5, width))
+
+
+def test_activations_are_exact_or_8bit() -> None:
+    model = text_model("llama")
+    with pytest.raises(InputError, match="exact or 8bit"):
+        lean(model, "4bit")  # type: ignore[arg-type]
+    lean(model, "8bit")
+    apply(model, "layernorm-simple")  # swaps the forwards once more, with the same choice
+    assert vars(model.model.layers[0].mlp)["forward"].args[-1] is True
 
 
 COMMON = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "gpt2", "phi", "lfm2", "llava", "qwen2_vl")

@@ -1,9 +1,10 @@
 """Autograd functions that compute what the model computes and keep less for backward. No matmul is done twice.
 
 `LeanNorm` keeps the norm's input alone, `GatedProduct` the two inputs of act(gate) * up, `Elementwise` the input of an
-activation. Forward runs the model's own operations, bit for bit; backward computes what it needs of them again from
-these inputs (element-wise work). Source of the gradients: the quotient rule for x / sqrt(mean(x^2) + eps), as in
-Zhang and Sennrich, arXiv 1910.07467, and Ba et al., arXiv 1607.06450.
+activation; the last two as 8-bit integers if asked to. Forward runs the model's own operations, bit for bit; backward
+computes what it needs of them again from these inputs (element-wise work). Source of the gradients: the quotient rule
+for x / sqrt(mean(x^2) + eps), as in Zhang and Sennrich, arXiv 1910.07467, and Ba et al., arXiv 1607.06450; of the
+8-bit store: symmetric quantization by groups, as of activations in ActNN, Chen et al., arXiv 2104.14129.
 
 Legend: N rows (batch and positions), H width; shapes (..., H).
 """
@@ -69,36 +70,64 @@ def again(act: Unary, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return start, act(start)
 
 
+def group_size(width: int) -> int:
+    """Values that share a scale: the largest divisor of `width` up to 192, `width` itself where that is small."""
+    best = max(size for size in range(1, 193) if width % size == 0)
+    return best if best >= 32 else width
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (..., I) -> int8 (..., G, I/G) and a scale of x's dtype for each group, (..., G, 1).
+
+    The divisor is 126: a scale that was rounded down to bf16 must not lift the largest value over 127.
+    """
+    groups = x.unflatten(-1, (-1, group_size(x.shape[-1])))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale = (torch.maximum(-low, high) / 126).clamp_min_(torch.finfo(x.dtype).tiny)
+    return (groups / scale).round_().to(torch.int8), scale
+
+
+def keep(x: torch.Tensor, eight_bit: bool) -> tuple[torch.Tensor, ...]:
+    """What to save of `x` for backward."""
+    return quantize(x) if eight_bit else (x,)
+
+
+def kept(saved: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The value, or nearly, of what `keep` gave."""
+    return saved[0] if len(saved) == 1 else (saved[0] * saved[1]).flatten(-2)
+
+
 class GatedProduct(torch.autograd.Function):
     """y = act(gate) * up, all of one shape (..., I); act is any element-wise function without parameters."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Unary) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Unary, eight_bit: bool) -> torch.Tensor:
+        ctx.save_for_backward(*keep(gate, eight_bit), *keep(up, eight_bit))
         ctx.act = act
         return act(gate) * up
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        gate, up = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        saved = ctx.saved_tensors  # once only: checkpointing computes them again at each look
+        half = len(saved) // 2
+        gate, up = kept(saved[:half]), kept(saved[half:])
         start, active = again(ctx.act, gate)
         (grad_gate,) = torch.autograd.grad(active, start, grads[0] * up)
-        return grad_gate, grads[0] * active.detach(), None
+        return grad_gate, grads[0] * active.detach(), None, None
 
 
 class Elementwise(torch.autograd.Function):
     """y = act(x) for any element-wise function without parameters."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, act: Unary) -> torch.Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: torch.Tensor, act: Unary, eight_bit: bool) -> torch.Tensor:
+        ctx.save_for_backward(*keep(x, eight_bit))
         ctx.act = act
         return act(x)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (x,) = ctx.saved_tensors
-        start, active = again(ctx.act, x)
-        return torch.autograd.grad(active, start, grads[0])[0], None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        start, active = again(ctx.act, kept(ctx.saved_tensors))
+        return torch.autograd.grad(active, start, grads[0])[0], None, None

@@ -44,13 +44,20 @@ class Lean(Replaced):
     """The forward of a swapped module."""
 
 
-def swap(model: nn.Module, norms: Mapping[str, NormFormula], mlps: Iterable[str], attn: Iterable[str]) -> Swaps:
+def swap(
+    model: nn.Module,
+    norms: Mapping[str, NormFormula],
+    mlps: Iterable[str],
+    attn: Iterable[str],
+    eight_bit: bool = False,
+) -> Swaps:
     """Swaps the modules in place; those that compute otherwise than expected are left alone.
 
     Args:
         norms: names of norms and their formulas.
         mlps: names of modules that may be MLPs.
         attn: names of attention modules; those that run on transformers' sdpa function run on a lean one.
+        eight_bit: MLPs keep their gate and up (or, without a gate, the input of their activation) as int8.
     """
     done, left = Swaps(), Counter[str]()
     for name, formula in norms.items():
@@ -72,7 +79,7 @@ def swap(model: nn.Module, norms: Mapping[str, NormFormula], mlps: Iterable[str]
         if found is None or not is_plain(module):
             left[f"{type(module).__name__}: not recognized as an MLP"] += 1
             continue
-        replace(module, Lean, gated_forward, found)
+        replace(module, Lean, gated_forward, found, eight_bit)
         done.mlps += 1
     for name in attn:
         attention.mark(model.get_submodule(name))
@@ -100,5 +107,7 @@ def norm_forward(
     return LeanNorm.apply(x, gain, bias, own, centred, offset, eps)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def gated_forward(module: nn.Module, before: Forward | None, mlp: MLP, x: torch.Tensor) -> torch.Tensor:
-    return mlp_forward(module, mlp, x)
+def gated_forward(
+    module: nn.Module, before: Forward | None, mlp: MLP, eight_bit: bool, x: torch.Tensor
+) -> torch.Tensor:
+    return mlp_forward(module, mlp, x, eight_bit)

@@ -122,18 +122,18 @@ def run(module: nn.Module, mlp: MLP, x: torch.Tensor) -> torch.Tensor:
         return torch.empty(0)
 
 
-def mlp_forward(module: nn.Module, mlp: MLP, x: torch.Tensor) -> torch.Tensor:
-    """The module's forward; x (..., H) -> (..., H)."""
+def mlp_forward(module: nn.Module, mlp: MLP, x: torch.Tensor, eight_bit: bool = False) -> torch.Tensor:
+    """The module's forward; x (..., H) -> (..., H). `eight_bit`: backward keeps 8-bit copies of gate and up."""
     act: Unary = FUNCTIONS[mlp.act] if mlp.act in FUNCTIONS else getattr(module, mlp.act)
     up = getattr(module, mlp.up)(x)
     if mlp.kind == "plain":
-        inner = Elementwise.apply(up, act)
+        inner = Elementwise.apply(up, act, eight_bit)
     else:
         if mlp.kind == "fused":
             first, second = up.chunk(2, dim=-1)
             gate, up = (first, second) if mlp.gate_first else (second, first)
         else:
             gate = getattr(module, mlp.gate)(x)
-        inner = GatedProduct.apply(gate, up, act)
+        inner = GatedProduct.apply(gate, up, act, eight_bit)
     out = getattr(module, mlp.down)(inner)
     return getattr(module, mlp.dropout)(out) if mlp.dropout else out  # type: ignore[no-any-return]

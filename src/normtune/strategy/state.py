@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ class Tuning:
         samples: a sample of the base's values of every other tensor that became trainable or was overwritten.
         prints: fingerprint of each trainable tensor when it became trainable.
         lora: options of the LoRA layers that are in the model.
-        lean: whether `lean` was called.
+        lean: what `lean` was called with: `exact` or `8bit`; None where it was not.
         formulas: of the norms that were asked for.
         logits: what the model does to its head's output, once that is known; (None,) for something else.
     """
@@ -52,7 +52,7 @@ class Tuning:
     prints: dict[str, tuple[int, int]] = field(default_factory=dict)
     report: Report | None = None
     lora: dict[str, Any] | None = None
-    lean: bool = False
+    lean: Literal["exact", "8bit"] | None = None
     formulas: dict[str, Formula] = field(default_factory=dict)
     logits: tuple[Logits | None] | None = None
 
@@ -272,7 +272,7 @@ def match_precision(model: nn.Module, state: Tuning) -> None:
 def swap_forwards(model: nn.Module, state: Tuning) -> Swaps:
     found = state.anatomy
     norms = norm_formulas(model, [*found.norms, *found.final_norm, *found.qk_norms])
-    return swap(model, norms, found.mlp, found.attn)
+    return swap(model, norms, found.mlp, found.attn, eight_bit=state.lean == "8bit")
 
 
 def norm_formulas(model: nn.Module, names: Iterable[str]) -> dict[str, Formula]:
