@@ -19,8 +19,6 @@ import torch
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
-    AutoImageProcessor,
-    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -34,15 +32,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_MAPPING,
 )
 
 from normtune import templates
+from normtune.encoders import empty_encoder, load_encoder, put_encoder, read_without
 from normtune.errors import InputError
 from normtune.kernels import keep_differentiable
 from normtune.pretrained import CHECKED, TRUSTED, check_complete, locate, read_config, reading, torch_dtype, weights_in
 from normtune.probes import Features, check_text, probe_encoder, probe_llm
 from normtune.runlog import atomic_folder
+from normtune.structure import dissect
 from normtune.templates import IMAGE_TOKEN
 
 log = logging.getLogger(__name__)
@@ -56,6 +55,8 @@ def assemble(
     connector: str = "mlp",
     dtype: str = "float32",
     seed: int = 0,
+    *,
+    known: Features | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Join a causal LLM and a vision encoder (folders or hub ids) by a new connector; on the CPU, in eval mode.
 
@@ -63,7 +64,8 @@ def assemble(
     the LLM's blocks are quantized by bitsandbytes, all else is bfloat16). The connector (`mlp`: two layers with GELU;
     `linear`: one layer, the second a frozen identity) is drawn from `seed`; no global random state is read or changed.
     `model.notes` lists the choices made where the LLM left one open (chat template, pad token, resized or untied
-    embedding); they are logged as warnings, too.
+    embedding); they are logged as warnings, too. With `known` (what `probe_encoder` found of this encoder before) the
+    encoder's weights are not read: it stays on the meta device, for training from stored features.
 
     Raises InputError: unknown connector or dtype, a part that cannot be read or does not fit stock LLaVA.
     """
@@ -73,8 +75,8 @@ def assemble(
     notes: list[str] = []
     with torch.random.fork_rng(devices=[]):
         language, tokenizer = _load_llm(llm, dtype)
-        encoder, image_processor = _load_encoder(vision, precision)
-        features = probe_encoder(encoder, image_processor, os.fspath(vision))
+        encoder, image_processor = load_encoder(vision, precision, weights=known is None)
+        features = known or probe_encoder(encoder, image_processor, os.fspath(vision))
         if getattr(image_processor, "crop_size", None) is None:
             # LlavaProcessor reads the image size from here when it is asked for token counts; SigLIP's has none.
             image_processor.crop_size = {"height": features.height, "width": features.width}
@@ -100,11 +102,13 @@ def assemble(
     return model.eval(), processor
 
 
-def load(path: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any]:
+def load(path: str | os.PathLike[str], dtype: str = "float32", *, known: Features | None = None) -> tuple[Any, Any]:
     """An existing MLLM (folder or hub id, any image-text-to-text model of transformers) and its processor.
 
     Weights in `dtype` (as in `assemble`), on the CPU, in eval mode. The identity layer of a `linear` connector is
-    frozen again. Raises InputError: no such folder, broken or incomplete files, not an MLLM.
+    frozen again. With `known` the vision encoder stays on the meta device, as in `assemble`.
+
+    Raises InputError: no such folder, broken or incomplete files, not an MLLM.
     """
     torch_dtype(dtype)
     source = locate(path, "model")
@@ -122,7 +126,12 @@ def load(path: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any
         )
     with reading("model", source):
         options = weights_in(dtype, config, AutoModelForImageTextToText)
-        model, info = AutoModelForImageTextToText.from_pretrained(source, **options, **CHECKED)
+        if known is None:
+            model, info = AutoModelForImageTextToText.from_pretrained(source, **options, **CHECKED)
+        else:
+            model, info = read_without(source, config, "vision_config", **options)
+            (encoder,) = dissect(model).vision
+            put_encoder(model, encoder, empty_encoder(config.vision_config, torch_dtype(dtype)))
     check_complete(info, "model", source)
     keep_differentiable(model)
     projector = getattr(model.base_model, "multi_modal_projector", None)
@@ -130,7 +139,7 @@ def load(path: str | os.PathLike[str], dtype: str = "float32") -> tuple[Any, Any
         _freeze_identity(projector.linear_2)
     if isinstance(processor, LlavaProcessor) and processor.patch_size is None:
         # Early LLaVA folders have no processor_config.json, and today's processor cannot count tokens without it.
-        features = probe_encoder(model.base_model.vision_tower, processor.image_processor, source)
+        features = known or probe_encoder(model.base_model.vision_tower, processor.image_processor, source)
         processor.patch_size, processor.num_additional_image_tokens = features.patch_size, features.special
         processor.vision_feature_select_strategy = model.config.vision_feature_select_strategy
     return model.eval(), processor
@@ -176,25 +185,6 @@ def _load_llm(reference: str | os.PathLike[str], dtype: str) -> tuple[Any, Any]:
     check_complete(info, "LLM", source)
     keep_differentiable(language)
     return language.eval(), tokenizer
-
-
-def _load_encoder(reference: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Any, Any]:
-    """The vision tower (of a two-tower model, that one alone), its weights in `dtype`, and its image processor."""
-    what = "vision encoder"
-    source = locate(reference, what)
-    config = read_config(source, what)
-    config = getattr(config, "vision_config", None) or config
-    encoder_class = MODEL_MAPPING.get(type(config), None)
-    if encoder_class is None or getattr(encoder_class, "main_input_name", None) != "pixel_values":
-        raise InputError(
-            f"{what} {reference} ({config.model_type}) takes no images.\nGive a CLIP, SigLIP or DINOv2 model."
-        )
-    with reading(f"image processor of {what}", source):
-        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **TRUSTED)
-    with reading(what, source):
-        encoder, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, **CHECKED)
-    check_complete(info, what, source)
-    return encoder.eval(), image_processor
 
 
 def _prepare_tokenizer(tokenizer: Any, name: str, notes: list[str]) -> int:

@@ -58,10 +58,10 @@ def probe_encoder(encoder: Any, image_processor: Any, name: str) -> Features:
     Raises InputError, naming `name`, if the encoder does not fit LLaVA: variable shapes (NaFlex), features not
     of shape [B, T, H], special tokens elsewhere, a patch grid that does not match the image.
     """
-    pixels = _pixels(image_processor, name)
-    dtype = next(encoder.parameters()).dtype
+    weight = next(encoder.parameters())
+    pixels = _pixels(image_processor, name).to(weight.device, weight.dtype)
     with _running(f"vision encoder {name} does not run on preprocessed images", _USABLE):
-        states = encoder(pixels.to(dtype), output_hidden_states=True, return_dict=True).hidden_states
+        states = encoder(pixels, output_hidden_states=True, return_dict=True).hidden_states
     if not states or any(not isinstance(s, torch.Tensor) or s.ndim != 3 or len(s) != 2 for s in states):
         raise InputError(f"vision encoder {name} gives no hidden states of shape [B, T, H].\n{_USABLE}")
     layer = -2 if len(states) > 2 else -1

@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from normtune.adapter import load_adapter, read_adapter
+from normtune.encoders import encoder_of, load_encoder, put_encoder
 from normtune.errors import InputError
 from normtune.model import assemble, load
+from normtune.pretrained import torch_dtype
+from normtune.probes import Features
 from normtune.recipe import ModelRecipe, Recipe, load_recipe
+from normtune.strategy import tuning
 
 
 @dataclass
@@ -27,16 +32,64 @@ class Tuned:
     record: dict[str, Any] | None = None
 
 
-def build(recipe: ModelRecipe, seed: int = 0) -> tuple[nn.Module, Any]:
+def build(recipe: ModelRecipe, seed: int = 0, known: Features | None = None) -> tuple[nn.Module, Any]:
     """The untuned model of a recipe and its processor.
+
+    Args:
+        known: features of the vision encoder as found earlier (`features.Prepared.known`): its weights are not read,
+            it stays on the meta device until `attach_encoder`.
 
     Raises:
         InputError: a folder that is missing, damaged or of the wrong kind.
     """
     if recipe.path is not None:
-        return load(recipe.path, dtype=recipe.dtype)
+        return load(recipe.path, dtype=recipe.dtype, known=known)
     assert recipe.llm is not None and recipe.vision is not None  # the schema sees to it
-    return assemble(recipe.llm, recipe.vision, connector=recipe.connector, dtype=recipe.dtype, seed=seed)
+    options: dict[str, Any] = {"connector": recipe.connector, "dtype": recipe.dtype, "seed": seed, "known": known}
+    return assemble(recipe.llm, recipe.vision, **options)
+
+
+def encoders_without_weights(model: nn.Module) -> dict[str, nn.Module]:
+    """The vision encoders of a model that are on the meta device, by name."""
+    encoders = {name: model.get_submodule(name) for name in tuning(model).anatomy.vision}
+    return {name: e for name, e in encoders.items() if any(p.is_meta for p in e.parameters())}
+
+
+def attach_encoder(model: nn.Module, recipe: ModelRecipe) -> None:
+    """Loads the vision encoder that `build(..., known=...)` left out, to the model's device; else does nothing.
+
+    Raises:
+        InputError: its folder is missing or damaged by now.
+    """
+    empty = encoders_without_weights(model)
+    if not empty:
+        return
+    (name,) = empty
+    dtype = torch_dtype(recipe.dtype)
+    if recipe.path is not None:
+        encoder = encoder_of(recipe.path, name, dtype)
+    else:
+        encoder, _ = load_encoder(recipe.vision or "", dtype)
+    put_encoder(model, name, encoder.to(next(p.device for p in model.parameters() if not p.is_meta)))
+
+
+def move(model: nn.Module, device: torch.device) -> None:
+    """`model.to(device)`, also where the vision encoder is on the meta device: it stays there.
+
+    DistributedDataParallel leaves it out, too (else it would exchange its tensors at the start).
+    """
+    empty = encoders_without_weights(model)
+    for name in empty:
+        model.set_submodule(name, nn.Identity())
+    try:
+        model.to(device)
+    finally:
+        for name, encoder in empty.items():
+            model.set_submodule(name, encoder)
+    ignored = [f"{name}.{key}" for name, e in empty.items() for key in e.state_dict(keep_vars=True)]
+    ignored += [f"{name}.{key}" for name, e in empty.items() for key, _ in e.named_buffers()]
+    if ignored:
+        model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
 
 
 def floating(recipe: ModelRecipe) -> ModelRecipe:

@@ -1,0 +1,195 @@
+"""How a training with `cache_features: true` begins: which images, which store, is it complete, and filling it.
+
+Scope: from a recipe to a complete store. Non-scope: how a store is kept (store.py), whose it is (identity.py).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from normtune.errors import InputError
+from normtune.features.identity import identity, identity_key
+from normtune.features.once import frozen, image_reader
+from normtune.features.store import Store, cache_folder
+from normtune.images import open_image
+from normtune.layers import unwrapped
+from normtune.probes import Features, probe_encoder
+from normtune.progress import Bar, say
+from normtune.recipe import Recipe, Stage
+from normtune.strategy import check, tuning
+
+SHARD_BYTES = 64_000_000  # a shard is what a kill can lose: half a minute of an encoder on a CPU
+SHARD_IMAGES = 512
+BATCH = 16
+
+
+class HasSamples(Protocol):
+    """A `data.Mixture`."""
+
+    samples: list[Any]  # with `images`, paths, and `where`, for messages
+
+
+@dataclass
+class Prepared:
+    """The images of the stages with `cache_features`, and where their features are kept.
+
+    `known` is what an MLLM can be built with when its encoder's weights need not be read; None: build it whole.
+    """
+
+    store: Store
+    identity: dict[str, Any]
+    wanted: dict[Path, str]  # image -> what names it
+    stages: tuple[Stage, ...]  # all up to the last that reads features
+    known: Features | None
+    missing: dict[str, Path]  # SHA-256 -> image
+
+    def check(self, model: nn.Module) -> None:
+        """Raises InputError where features cannot stand for images: an encoder that is trained, or read in other ways.
+
+        (Whether the connector alone is between encoder and LLM, `fill` finds by comparing.)
+        """
+        found = tuning(model).anatomy
+        if image_reader(unwrapped(model), found) is None or len(found.connector) != 1:
+            raise InputError(
+                "cache_features: the model has no single vision encoder and connector, so there is nothing to keep.\n"
+                "Leave cache_features off."
+            )
+        encoder = {id(p) for p in unwrapped(model).get_submodule(found.vision[0]).parameters()}
+        for stage in self.stages:
+            for part, trained in check(model, stage.strategy, stage.lora.targets).items():
+                if any(id(parameter) in encoder for parameter in trained):
+                    raise InputError(
+                        f"stage {stage.name} trains the vision encoder ({part}), so features that were kept would be "
+                        "wrong.\nLeave cache_features off, in this stage and in later ones."
+                    )
+
+    def fill(self, model: nn.Module, processor: Any, *, rank: int = 0, ranks: int = 1, quiet: bool = False) -> None:
+        """Encodes what is missing, on the model's device; process `rank` of `ranks` does its share.
+
+        It may be killed at any moment: the next call goes on. All processes must be through before any looks up.
+
+        Raises:
+            InputError: not enough room on the disk, an image that cannot be opened, a model that puts more than a
+                connector between encoder and LLM.
+            JobError: writing failed.
+        """
+        # Not in one order: two trainings that start together would encode the same images at the same time.
+        todo = sorted(self.missing)[rank::ranks]
+        random.Random(os.getpid()).shuffle(todo)
+        if not todo:
+            return
+        encode = Encoder(model, processor, self.wanted)
+        first = encode([self.missing[todo[0]]])
+        bytes_each = first.numel() * first.element_size()
+        room = self.store.check_room(len(self.missing), bytes_each)
+        if rank == 0 and not quiet:
+            say(room)
+        self.describe(encode, first, processor)
+        per_shard = min(max(1, SHARD_BYTES // bytes_each), SHARD_IMAGES)
+        with Bar("encoding images", len(todo), quiet=quiet or rank > 0) as bar:
+            while left := [key for key in todo if key not in self.store]:
+                shard = left[:per_shard]
+                self.store.add(shard, encode([self.missing[key] for key in shard]))
+                bar.update(len(todo) - len(left) + len(shard))
+                self.store.refresh()  # another process may be at it, too
+
+    def describe(self, encode: Encoder, features: torch.Tensor, processor: Any) -> None:
+        """Writes down what the store will hold, from the `features` [n, P, D] of some images."""
+        try:
+            probed = asdict(probe_encoder(encode.tower, processor.image_processor, "of the model"))
+        except InputError:  # an encoder that this package would not assemble: it is always loaded
+            probed = None
+        self.store.describe(
+            {
+                "tokens": encode.tokens,
+                "shape": list(features.shape[1:]),
+                "dtype": str(features.dtype),
+                "probed": probed,
+                "identity": self.identity,
+            }
+        )
+
+
+class Encoder:
+    """Image files to features [n, P, D] on the CPU: what the connector of `model` is given."""
+
+    def __init__(self, model: nn.Module, processor: Any, wanted: Mapping[Path, str]) -> None:
+        inner = unwrapped(model)
+        found = tuning(inner).anatomy
+        self.reader, self.processor, self.wanted = image_reader(inner, found), processor.image_processor, wanted
+        self.tower, self.connector = inner.get_submodule(found.vision[0]), inner.get_submodule(found.connector[0])
+        self.tokens = 0  # in the LLM's sequence, of one image
+
+    def __call__(self, paths: Sequence[Path]) -> torch.Tensor:
+        batches = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
+        parts = []
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self.pixels, batches[0])
+            for number in range(len(batches)):
+                pixels = ahead.result()
+                if number + 1 < len(batches):
+                    ahead = pool.submit(self.pixels, batches[number + 1])
+                parts.append(self.features(pixels))
+        return torch.cat(parts)
+
+    def pixels(self, paths: Sequence[Path]) -> torch.Tensor:
+        """As `data.Collator` makes them: [n, 3, h, w] float32."""
+        opened = [open_image(path, self.wanted[path]) for path in paths]
+        return self.processor(images=opened, return_tensors="pt")["pixel_values"].float()  # type: ignore[no-any-return]
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Of pixels [n, 3, h, w].
+
+        Raises:
+            InputError: where the connector's output is not what the model goes on with.
+        """
+        seen: list[Any] = []  # what the connector is given, and makes of it
+        hook = self.connector.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
+        weight = next(self.tower.parameters())
+        try:
+            with torch.no_grad(), frozen(self.tower):
+                out = self.reader.get_image_features(pixel_values=pixels.to(weight.device, weight.dtype))
+        finally:
+            hook.remove()
+        answers = list(out.pooler_output)
+        given, output = seen[0] if [len(call) for call in seen] == [2] else (None, answers)
+        same = len(output) == len(answers) and all(map(torch.equal, answers, output))
+        if not isinstance(given, torch.Tensor) or len(given) != len(answers) or not same:
+            raise InputError(
+                "cache_features: between encoder and LLM this model has more than a connector.\n"
+                "Leave cache_features off."
+            )
+        self.tokens = len(answers[0])
+        return given.cpu()
+
+
+def prepare_features(recipe: Recipe, mixtures: Sequence[HasSamples], *, quiet: bool = False) -> Prepared | None:
+    """The images that the stages with `cache_features` show (one mixture per stage), and what of them is stored.
+
+    None where no such stage has images. Reads every image file once, for its SHA-256.
+
+    Raises:
+        InputError: an image or a model folder that cannot be read.
+    """
+    cached = [number for number, stage in enumerate(recipe.stages) if stage.cache_features]
+    shown = [{path: s.where for s in mixture.samples for path in s.images} for mixture in mixtures]
+    wanted = {path: where for number in cached for path, where in shown[number].items()}
+    if not wanted:
+        return None
+    facts = identity(recipe.model)
+    store = Store(cache_folder() / "features" / identity_key(facts))
+    store.recognize(wanted, quiet)
+    missing = store.missing(wanted)
+    live = any(images for images, stage in zip(shown, recipe.stages, strict=True) if not stage.cache_features)
+    probed = None if missing or live else store.facts.get("probed")
+    known = None if probed is None else Features(**probed)
+    return Prepared(store, facts, wanted, tuple(recipe.stages[: cached[-1] + 1]), known, missing)
