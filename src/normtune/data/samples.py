@@ -1,7 +1,7 @@
-"""Training data: LLaVA JSON and JSONL files to samples, mixtures of them, and batches for the model.
+"""LLaVA JSON and JSONL files to samples, and mixtures of them.
 
-Scope: read and check files, order samples by seed and epoch, and collate text, labels and pixels. Non-scope: how a
-conversation becomes tokens (`chat.py`), how an image file becomes RGB (`images.py`), moving batches to a device.
+Scope: read and check files, order samples by seed and epoch. Non-scope: batches (batches.py), how an image file
+becomes RGB (`images.py`).
 Source: LLaVA's training format (Liu et al., 2023; Finetune_Custom_Data.md in its repository).
 
 A sample is an object with `conversations` (from: human | gpt, value) or `messages` (role, content), and `image` or
@@ -13,25 +13,18 @@ LLaVA does. Everything that can be checked without decoding an image is checked 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from transformers import LlavaProcessor
 
-from normtune.chat import PLACEHOLDER, Chat, Encoded, Turn
+from normtune.chat import PLACEHOLDER, Turn
 from normtune.errors import InputError
-from normtune.images import find_image, image_names, open_image
+from normtune.images import find_image, image_names
 from normtune.recipe import DataSource
 
-__all__ = ["Collator", "Mixture", "Sample", "open_image", "read_samples"]
-
-IGNORED = -100  # the label of a token that the loss leaves out
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -237,114 +230,3 @@ class Mixture:
             ]
             self._last = (seed, epoch), generator.permutation(np.concatenate(chosen)).tolist()
         return list(self._last[1])
-
-
-class Collator:
-    """Samples to a batch for the model, `collator(samples)`: tokens padded on the right, labels, pixels.
-
-    `processor` is a `LlavaProcessor`, or another whose images become one run of image tokens and `pixel_values` alone;
-    `max_length` the most tokens of a sample, image tokens included (`Chat.encode` says what is cut). `counts` adds up
-    samples, images, tokens and supervised tokens, and what was left out: cut_turns, cut_tokens, cut_images, and
-    dropped samples, of which nothing to learn remained. (Each worker process of a `DataLoader` counts for itself.)
-
-    Raises:
-        InputError: no chat template, or a processor that lays images out in another way.
-    """
-
-    def __init__(self, processor: Any, max_length: int | None) -> None:
-        self.processor, self.max_length = processor, max_length
-        self.chat = Chat.from_processor(processor)
-        self.counts: Counter[str] = Counter()
-        pad = self.chat.tokenizer.pad_token_id
-        self._pad = self.chat.stop_ids[0] if pad is None else pad
-        if getattr(processor, "image_processor", None) is not None:
-            self._check_processor()
-
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        """One row per sample. A sample of which nothing remains is a row of one token without labels.
-
-        Returns:
-            input_ids, attention_mask (0 on padding), labels (-100 where unsupervised): [B, S] int64; pixel_values:
-            [N, 3, h, w] float32, the images of all rows in their order, absent if there are none.
-
-        Raises:
-            InputError: naming the sample, for an image that cannot be opened and as in `Chat.encode`.
-        """
-        images = [open_image(path, sample.where) for sample in samples for path in sample.images]
-        pixels, lengths = self._process(images)
-        encoded: list[Encoded] = []
-        kept: list[int] = []
-        first = 0
-        for sample in samples:
-            try:
-                row = self.chat.encode(sample.turns, lengths[first : first + len(sample.images)], self.max_length)
-            except InputError as error:
-                raise InputError(f"{sample.where}: {error}") from error
-            kept += range(first, first + row.images)
-            encoded.append(row)
-            first += len(sample.images)
-        self._count(encoded, len(images))
-        batch = self._pad_rows(encoded)
-        if pixels is not None and kept:
-            batch["pixel_values"] = pixels if len(kept) == len(images) else pixels[kept]
-        return batch
-
-    def _pad_rows(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        ids = torch.full((len(rows), max(len(row.input_ids) for row in rows)), self._pad)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-        for number, row in enumerate(rows):
-            own, length = torch.tensor(row.input_ids), len(row.input_ids)
-            ids[number, :length], mask[number, :length] = own, 1
-            # By the mask and not by the id: the pad token may be the very token that ends a turn.
-            labels[number, :length] = own.where(torch.tensor(row.supervised), IGNORED)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-    def _count(self, rows: Sequence[Encoded], images: int) -> None:
-        used = sum(row.images for row in rows)
-        self.counts.update(
-            samples=len(rows),
-            images=used,
-            tokens=sum(len(row.input_ids) for row in rows),
-            supervised=sum(sum(row.supervised) for row in rows),
-            cut_turns=sum(row.cut_turns for row in rows),
-            cut_tokens=sum(row.cut_tokens for row in rows),
-            cut_images=images - used,
-            dropped=sum(not any(row.supervised) for row in rows),
-        )
-
-    def _process(self, images: list[Image.Image]) -> tuple[torch.Tensor | None, list[int]]:
-        """pixel_values [N, 3, h, w] float32 and the number of image tokens of each image."""
-        if not images:
-            return None, []
-        if getattr(self.processor, "image_processor", None) is None:
-            raise InputError("the data has images, but the model's processor takes none: train an MLLM")
-        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"].float()
-        if not isinstance(self.processor, LlavaProcessor):
-            sizes = [[image.height, image.width] for image in images]
-            return pixels, list(self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
-        # What LlavaProcessor does when it gets the text and the images together.
-        height, width = pixels.shape[-2:]
-        tokens = (height // self.processor.patch_size) * (width // self.processor.patch_size)
-        tokens += self.processor.num_additional_image_tokens
-        tokens -= self.processor.vision_feature_select_strategy == "default"
-        return pixels, [tokens] * len(images)
-
-    def _check_processor(self) -> None:
-        """Compares a small batch with the processor's own: a processor with another layout would train on nonsense."""
-        turns = [Turn("user", f"{PLACEHOLDER}\n{PLACEHOLDER}\nWhat?")]
-        images = [Image.new("RGB", size, "gray") for size in ((48, 32), (32, 64))]
-        text = self.chat.text(turns, prompt=True)
-        bos = self.chat.tokenizer.bos_token
-        try:
-            own = self.processor(text=text, images=images, add_special_tokens=not (bos and text.startswith(bos)))
-            pixels, lengths = self._process(images)
-            usual = set(own) <= {"input_ids", "attention_mask", "token_type_ids", "pixel_values"}
-            usual = usual and own["input_ids"][0] == self.chat.prompt(turns, lengths)
-            problem = "" if usual and pixels is not None and pixels.ndim == 4 else "it lays images out its own way"
-        except Exception as error:  # whatever a foreign processor raises means the same
-            problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        if problem:
-            raise InputError(
-                f"{type(self.processor).__name__} is not supported for training yet ({problem}).\n"
-                "Use a LLaVA, with patch_size and vision_feature_select_strategy in its processor_config.json."
-            )
