@@ -17,21 +17,25 @@ RANKS = {
     "errors": -1,
     "layers": -1,
     **dict.fromkeys(("recipe", "structure", "chat", "kernels", "tasks", "runlog", "progress", "images"), 0),
-    **dict.fromkeys(("data", "model", "pretrained", "probes", "templates", "skeletons"), 1),
+    **dict.fromkeys(("data", "encoders", "model", "pretrained", "probes", "templates", "skeletons"), 1),
     "strategy": 2,
-    **dict.fromkeys(("adapter", "step", "tuned", "checkpoint", "accounting"), 3),
+    **dict.fromkeys(("adapter", "step", "tuned", "checkpoint", "accounting", "features", "flops", "memory"), 3),
     **dict.fromkeys(("training", "evaluation", "world"), 4),
     **dict.fromkeys(("cli", "__init__"), 5),
     "__main__": 6,
 }
 # Neighbours of one rank that may be used by another of that rank: parts of one room that outgrew one file.
 WITHIN = {
-    "model": {"pretrained", "probes", "templates"},
+    "model": {"encoders", "pretrained", "probes", "templates"},
+    "encoders": {"pretrained"},
     "probes": {"pretrained"},
     "templates": {"pretrained"},
     "skeletons": {"model", "pretrained"},
     "tuned": {"adapter"},
     "checkpoint": {"adapter"},
+    "step": {"features"},
+    "features": {"tuned"},
+    "memory": {"step", "flops", "accounting"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -11,20 +11,26 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import nn
 
 from normtune.errors import InputError, JobError
+from normtune.features import images
 from normtune.kernels import HeadLoss, Logits, find_logits, without_head
+from normtune.kernels.segments import segments
 from normtune.layers import unwrapped
-from normtune.recipe import Stage
 from normtune.strategy import Movement, Report, check_step_size, parameter_groups, tuning
 
+if TYPE_CHECKING:  # the loss serves programs that have neither
+    from accelerate import Accelerator
+
+    from normtune.recipe import Stage
+
 GUARD_STEPS = 10  # a gain that trains at all has moved by then
+MICRO_BATCH = 16  # samples per forward pass, unless the stage says
 
 
 def check_rates(stage: Stage, parts: Mapping[str, list[nn.Parameter]]) -> None:
@@ -60,7 +66,8 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
         weight_decay=stage.weight_decay,
         weight_decays=stage.weight_decays,
     )
-    return torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups], lr=stage.learning_rate)
+    # fused: the others make temporaries as large as a tensor (CUDA's default as large as all of them together)
+    return torch.optim.AdamW([{**group, "peak": group["lr"]} for group in groups], lr=stage.learning_rate, fused=True)
 
 
 def description(
@@ -203,12 +210,16 @@ def loss_at(
     """Sum of the cross-entropy at `rows` (N) of the batch's flattened positions against `targets` (N), in fp32.
 
     Head and loss run at these positions alone, in chunks that keep no logits; where the model does something unknown
-    with its logits, on the columns of all rows. Shapes do not depend on data while the head is a plain one.
+    with its logits, on the columns of all rows. Shapes do not depend on data while the head is a plain one. `lengths`
+    in the batch say where the samples of a packed row end (see `segments`), `image_index` and `features` which images
+    are seen (see `images`).
     """
+    batch = dict(batch)
+    lengths = batch.pop("lengths", None)
     known = head_of(unwrapped(model))
     if known is not None:
         head, logits = known
-        with without_head(head) as given:
+        with segments(lengths), images(model, batch), without_head(head) as given:
             model(**batch, use_cache=False)
         hidden = given[0].flatten(0, 1).index_select(0, rows)  # (N, H)
         return HeadLoss.apply(hidden, head.weight, head.bias, targets, logits)  # type: ignore
@@ -216,7 +227,8 @@ def loss_at(
     columns, place = torch.unique(rows % width, return_inverse=True)
     if len(columns) == 0:
         columns = columns.new_zeros(1)
-    out = model(**batch, use_cache=False, logits_to_keep=columns).logits  # (B, K, V)
+    with segments(lengths), images(model, batch):
+        out = model(**batch, use_cache=False, logits_to_keep=columns).logits  # (B, K, V)
     return F.cross_entropy(out[rows // width, place].float(), targets, reduction="sum")
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 CHUNK = 1 << 23  # logits at a time, 32 MB in fp32
+SLICE = 4096  # rows of a head in fp32 that are cast at a time
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,14 @@ class HeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         """hidden (N, H), weight (V, H) and bias (V) of any float dtype, labels (N) -> ()."""
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        low, low_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias and bias is not None else None
         size = max(1, CHUNK // weight.shape[0])
         for start in range(0, len(hidden), size):
             rows, target = hidden[start : start + size], labels[start : start + size, None]
-            out = logits.of(F.linear(rows, low, low_bias)).float()
+            out = logits.of(head_of(rows, weight, bias)).float()
             logs = F.log_softmax(out, dim=-1)
             total -= logs.gather(1, target).sum()
             if not (needs_hidden or needs_weight or needs_bias):
@@ -69,12 +69,14 @@ class HeadLoss(torch.autograd.Function):
             grad = logs.exp_()
             grad.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=grad.dtype))
             grad = logits.gradient(out, grad).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[start : start + size] = grad @ low
-            if grad_weight is not None:
-                grad_weight += grad.t() @ rows
+            for own, low in slices(weight, hidden.dtype):
+                if grad_hidden is not None:
+                    grad_hidden[start : start + size] += grad[:, own] @ low
+                if grad_weight is not None:
+                    grad_weight[own] += grad[:, own].t() @ rows
             if grad_bias is not None:
                 grad_bias += grad.sum(0, dtype=torch.float32)
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
@@ -90,6 +92,23 @@ class HeadLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def slices(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of `weight` (V, H) in `dtype`: all of them where they have it, else some at a time: the cast is not kept."""
+    size = weight.shape[0] if weight.dtype == dtype else SLICE
+    for start in range(0, weight.shape[0], size):
+        own = slice(start, start + size)
+        yield own, weight[own].to(dtype)
+
+
+def head_of(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear in the dtype of `rows` (n, H) -> (n, V)."""
+    parts = [
+        F.linear(rows, low, None if bias is None else bias[own].to(rows.dtype))
+        for own, low in slices(weight, rows.dtype)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 @contextmanager
