@@ -1,0 +1,149 @@
+"""`python -m benchmarks.memory`: planned peaks beside measured ones, on a CPU: growth of resident memory over a step.
+
+Each strategy runs in a process of its own, on random weights: two steps of the project's own training step on a
+LLaVA-shaped model of about 100 M parameters. MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are set there, so that
+freed memory goes back to the system; else malloc hides 20 to 40 % of what is freed and taken again.
+Figures go to benchmarks/results/memory.json (or --json FILE).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+STRATEGIES = ("full", "lora", "layernorm", "layernorm-simple")
+PATCHES = 144
+
+
+def random_model(device: str) -> Any:
+    """A LLaVA shape in bf16: Llama of hidden size 768 and 12 blocks under a small encoder."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=16_000
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2, image_size=96, patch_size=8
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=15_999, image_seq_length=PATCHES)
+    with torch.device(device):
+        return LlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+
+
+def stage_of(strategy: str) -> Any:
+    from normtune.recipe import Stage
+
+    return Stage.model_validate(
+        {"name": "plan", "strategy": strategy, "data": [{"path": "none"}], "learning_rate": 1e-3}
+    )
+
+
+def resident(key: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def samples(batch: int, length: int, supervised: int) -> dict[str, Any]:
+    import torch
+
+    ids = torch.randint(0, 15_000, (batch, length))
+    ids[:, :PATCHES] = 15_999
+    labels = ids.clone()
+    labels[:, : length - supervised] = -100
+    return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(batch, 3, 96, 96).bfloat16()}
+
+
+def step(model: Any, optimizer: Any, batch: dict[str, Any]) -> None:
+    import torch
+
+    from normtune.step import supervised_loss
+
+    (supervised_loss(model, batch) / 100).backward()
+    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def measured(strategy: str, batch: int, length: int, supervised: int) -> int:
+    """Growth of this process's resident memory from before the model to its peak over two steps."""
+    import torch
+    from torch import nn
+
+    from normtune.step import make_optimizer
+    from normtune.strategy import apply, lean
+
+    torch.manual_seed(0)
+    stage = stage_of(strategy)
+    warm = nn.Linear(64, 64).bfloat16()  # libraries load and threads start before the count begins
+    for _ in range(2):
+        warm(torch.randn(8, 64).bfloat16()).sum().backward()
+    before = resident("VmRSS")
+    model = random_model("cpu")
+    apply(model, strategy, **stage.lora.model_dump())
+    lean(model)
+    model.train()
+    optimizer = make_optimizer(model, stage)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: what apply took in passing is not the step's
+    for _ in range(2):  # the optimizer's state is there from the second on
+        step(model, optimizer, samples(batch, length, supervised))
+    return resident("VmHWM") - before
+
+
+def in_a_process(strategy: str, batch: int, length: int, supervised: int) -> int:
+    """`measured` in a child with malloc's thresholds set."""
+    limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    arguments = ["--measure", strategy, "--batch", str(batch), "--length", str(length), "--supervised", str(supervised)]
+    out = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", *arguments],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **limits},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return int(out.stdout.split()[-1])
+
+
+def planned(strategy: str, batch: int, length: int, supervised: int) -> Any:
+    from normtune.memory import Shape, plan_step
+
+    return plan_step(random_model("meta"), stage_of(strategy), Shape(batch, length, supervised), block=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--supervised", type=int, default=100)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    shape = options.batch, options.length, options.supervised
+    if options.measure:
+        print(measured(options.measure, *shape))
+        return
+    from normtune.runlog import provenance
+
+    rows = []
+    for strategy in options.strategies:
+        plan, real = planned(strategy, *shape), in_a_process(strategy, *shape)
+        ratio = real / plan.peak_bytes
+        rows.append({"strategy": strategy, "planned": plan.peak_bytes, "measured": real, "by_cause": plan.by_cause})
+        print(
+            f"{strategy:18s} planned {plan.peak_bytes / 1e6:8.1f} MB, measured {real / 1e6:8.1f} MB, ratio {ratio:.3f}"
+        )
+    options.json.parent.mkdir(exist_ok=True, parents=True)
+    record = {"shape": dict(zip(("batch", "length", "supervised"), shape, strict=True)), "rows": rows}
+    options.json.write_text(json.dumps({**record, "provenance": provenance()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
