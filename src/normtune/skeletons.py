@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from transformers import (
@@ -14,7 +16,9 @@ from transformers import (
 from normtune.errors import InputError
 from normtune.model import CONNECTORS
 from normtune.pretrained import locate, read_config
-from normtune.recipe import ModelRecipe
+
+if TYPE_CHECKING:
+    from normtune.recipe import ModelRecipe
 
 
 def skeleton(reference: str) -> nn.Module:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -24,8 +24,10 @@ from normtune.images import open_image
 from normtune.layers import unwrapped
 from normtune.probes import Features, probe_encoder
 from normtune.progress import Bar, say
-from normtune.recipe import Recipe, Stage
 from normtune.strategy import check, tuning
+
+if TYPE_CHECKING:
+    from normtune.recipe import Recipe, Stage
 
 SHARD_BYTES = 64_000_000  # a shard is what a kill can lose: half a minute of an encoder on a CPU
 SHARD_IMAGES = 512
@@ -82,8 +84,9 @@ class Prepared:
                 connector between encoder and LLM.
             JobError: writing failed.
         """
+        self.store.refresh()
+        todo = [key for key in sorted(self.missing)[rank::ranks] if key not in self.store]
         # Not in one order: two trainings that start together would encode the same images at the same time.
-        todo = sorted(self.missing)[rank::ranks]
         random.Random(os.getpid()).shuffle(todo)
         if not todo:
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -16,9 +16,11 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from normtune.pretrained import TRUSTED, locate, read_config, reading, torch_dtype
-from normtune.recipe import ModelRecipe
 from normtune.skeletons import skeleton
 from normtune.structure import dissect
+
+if TYPE_CHECKING:
+    from normtune.recipe import ModelRecipe
 
 FORMAT = 1  # of what is stored and how it is computed: a new one leaves older stores alone
 _VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
