@@ -9,10 +9,12 @@ Figures go to benchmarks/results/memory.json (or --json FILE).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,17 @@ STRATEGIES = ("full", "lora", "layernorm", "layernorm-simple")
 PATCHES = 144
 
 
-def random_model(device: str) -> Any:
-    """A LLaVA shape in bf16: Llama of hidden size 768 and 12 blocks under a small encoder."""
+def random_model(device: str, hidden: int = 768, blocks: int = 12) -> Any:
+    """A LLaVA shape in bf16: Llama of `hidden` size and so many blocks under a small encoder."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=16_000
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        vocab_size=16_000,
     )
     vision = CLIPVisionConfig(
         hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2, image_size=96, patch_size=8
@@ -61,40 +67,38 @@ def samples(batch: int, length: int, supervised: int) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(batch, 3, 96, 96).bfloat16()}
 
 
-def step(model: Any, optimizer: Any, batch: dict[str, Any]) -> None:
-    import torch
-
-    from normtune.step import supervised_loss
-
-    (supervised_loss(model, batch) / 100).backward()
-    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def measured(strategy: str, batch: int, length: int, supervised: int) -> int:
     """Growth of this process's resident memory from before the model to its peak over two steps."""
-    import torch
-    from torch import nn
+    ready(random_model("cpu", hidden=64, blocks=1), strategy)(samples(1, PATCHES + 32, 16))  # loads what is loaded once
+    gc.collect()
+    before = resident("VmRSS")
+    step = ready(random_model("cpu"), strategy)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: what apply took in passing is not the step's
+    for _ in range(2):  # the optimizer's state is there from the second on
+        step(samples(batch, length, supervised))
+    return resident("VmHWM") - before
 
-    from normtune.step import make_optimizer
+
+def ready(model: Any, strategy: str) -> Callable[[dict[str, Any]], None]:
+    """What takes a step on a batch."""
+    import torch
+
+    from normtune.step import make_optimizer, supervised_loss
     from normtune.strategy import apply, lean
 
-    torch.manual_seed(0)
     stage = stage_of(strategy)
-    warm = nn.Linear(64, 64).bfloat16()  # libraries load and threads start before the count begins
-    for _ in range(2):
-        warm(torch.randn(8, 64).bfloat16()).sum().backward()
-    before = resident("VmRSS")
-    model = random_model("cpu")
     apply(model, strategy, **stage.lora.model_dump())
     lean(model)
     model.train()
     optimizer = make_optimizer(model, stage)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: what apply took in passing is not the step's
-    for _ in range(2):  # the optimizer's state is there from the second on
-        step(model, optimizer, samples(batch, length, supervised))
-    return resident("VmHWM") - before
+
+    def step(batch: dict[str, Any]) -> None:
+        (supervised_loss(model, batch) / 100).backward()
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def in_a_process(strategy: str, batch: int, length: int, supervised: int) -> int:

@@ -165,7 +165,8 @@ def test_plan_from_configs_alone(configs: Path, capsys: pytest.CaptureFixture[st
     assert run("plan", *parts, "--parameters") == 0
     text = capsys.readouterr().out
     assert "layernorm-simple" in text and "vision encoder" in text and "for LoRA its matrices" in text
-    assert run("plan", *parts, "--compare", "lora,norms+final_norm,qk_norms", "--lora-rank", "2", "--json") == 0
+    arguments = ["--compare", "lora,norms+final_norm,qk_norms", "--lora-rank", "2", "--parameters", "--json"]
+    assert run("plan", *parts, *arguments) == 0
     found = json.loads(capsys.readouterr().out)
     lora, norms, qk = found["plans"]
     assert lora["strategy"] == "lora (r = 2)" and norms["trainable_parameters"] == 5 * 32

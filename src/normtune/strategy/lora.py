@@ -91,7 +91,9 @@ def add_lora(model: nn.Module, state: Tuning, options: dict[str, Any]) -> None:
     box = nn.ModuleDict({str(number): model.get_submodule(name) for number, name in enumerate(targets)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options["seed"])
-        inject_adapter_in_model(config, box, adapter_name=LORA_NAME)
+        # matrices of a model on the meta device would be drawn on the CPU and then thrown away
+        meta = next(box.parameters()).is_meta
+        inject_adapter_in_model(config, box, adapter_name=LORA_NAME, low_cpu_mem_usage=meta)
     for name, layer in zip(targets, box.values(), strict=True):
         for key, parameter in layer.named_parameters():
             if is_lora("." + key):
