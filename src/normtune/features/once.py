@@ -50,6 +50,8 @@ def images(model: nn.Module, batch: dict[str, torch.Tensor]) -> Iterator[None]:
             read = stored(inner.get_submodule(found.connector[0]), features, index)
             stack.enter_context(attribute(owner, "get_image_features", read))
         else:
+            for connector in map(inner.get_submodule, found.connector):
+                stack.callback(connector.register_forward_pre_hook(contiguous).remove)
             read = repeated(owner.get_image_features, pixels, index)  # type: ignore[arg-type]
             stack.enter_context(attribute(owner, "get_image_features", read))
         yield
@@ -66,6 +68,12 @@ def image_reader(model: nn.Module, found: Anatomy) -> Any:
         if hasattr(module, "get_image_features"):
             return module
     return None
+
+
+def contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a connector is given, dense: patches without the class token are a slice, on which `linear` adds its bias in
+    a second step, rounded twice in bf16. So it computes the same from stored features, bit for bit."""
+    return tuple(arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args)
 
 
 def repeated(read: Callable[..., Any], pixels: torch.Tensor, index: torch.Tensor | None) -> Callable[..., Any]:
