@@ -60,7 +60,7 @@ class Row:
 def micro_batches(rows: Sequence[Row], size: int, packed: bool, pack_length: int) -> list[list[Row]]:
     """The rows of an optimizer step in groups, each row in one of them; the same for the same rows.
 
-    Packed: at most `pack_length` tokens in all (a longer sample is alone), by first fit, the longest samples first,
+    Packed: at most `size` rows of `pack_length` tokens in all (a longer one is alone), by first fit, the longest first,
     which needs about 11/9 of the fewest groups at most (Johnson, 1973). Else `size` rows of about one length.
     """
     ordered = sorted(rows, key=len, reverse=True)
@@ -69,7 +69,8 @@ def micro_batches(rows: Sequence[Row], size: int, packed: bool, pack_length: int
     groups: list[list[Row]] = []
     room: list[int] = []
     for row in ordered:
-        place = next((n for n, left in enumerate(room) if left >= len(row)), None)
+        fits = (n for n, left in enumerate(room) if left >= len(row) and len(groups[n]) < size)
+        place = next(fits, None)
         if place is None:
             place = len(groups)
             groups.append([])

@@ -45,6 +45,8 @@ class LeanAttention(torch.autograd.Function):
         lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         out, logsumexp, window = attend(q, k, v, mask, lengths, causal, scale)
+        if lengths is not None and not torch.compiler.is_compiling() and is_spare(int(window), lengths, q):
+            mask = None
         ctx.save_for_backward(alone(q), alone(k), alone(v), out, logsumexp, mask, lengths, window)
         ctx.causal, ctx.scale = causal, scale
         return out
@@ -87,7 +89,7 @@ def attend(
                 attn_mask=additive(own, q.dtype),
                 scale=scale,
             )
-    return out, logsumexp, torch.tensor([window])
+    return laid(out), logsumexp, torch.tensor([window])
 
 
 @attend.register_fake
@@ -112,7 +114,8 @@ def attend_backward(
     """Gradients of q, k and v, shaped as these are."""
     groups, width = q.shape[1] // k.shape[1], int(window)
     if q.is_cuda:
-        return attention_gpu.backward(grad, q, k, v, out, logsumexp, mask, lengths, width, scale)  # type: ignore
+        grads = attention_gpu.backward(grad, q, k, v, out, logsumexp, mask, lengths, width, scale)
+        return tuple(map(laid, grads))  # type: ignore[return-value]
 
     def run(at: Any, own: torch.Tensor | None, causal: bool) -> tuple[torch.Tensor, ...]:
         found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -130,7 +133,7 @@ def attend_backward(
         return found[0], gather(found[1], groups), gather(found[2], groups)
 
     if lengths is None:
-        return run(slice(None), mask, causal)  # type: ignore[return-value]
+        return tuple(map(laid, run(slice(None), mask, causal)))  # type: ignore[return-value]
     whole = like(q), like(k), like(v)
     for at, own in samples(mask, lengths, width, q.shape[2]):
         for target, found in zip(whole, run(at, own, own is None), strict=True):
@@ -149,6 +152,18 @@ def like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     return x.new_empty((b, s, h, d), dtype=dtype).transpose(1, 2)
 
 
+def laid(x: torch.Tensor) -> torch.Tensor:
+    """`x` in memory as `like` has it, which is what a compiler was told."""
+    target = like(x)
+    return x if x.stride() == target.stride() else target.copy_(x)
+
+
+def is_spare(window: int, lengths: torch.Tensor, q: torch.Tensor) -> bool:
+    """Whether the lengths and the window say all that the mask says, to the kernel that is used."""
+    within = attention_gpu.flashes(q, window) if q.is_cuda else int(lengths.max()) <= window
+    return window == ALL or (window != MASKED and within)
+
+
 def samples(
     mask: torch.Tensor | None, lengths: torch.Tensor, window: int, total: int
 ) -> Iterator[tuple[slice, torch.Tensor | None]]:
@@ -164,9 +179,19 @@ def samples(
 
 def alone(x: torch.Tensor) -> torch.Tensor:
     """`x`, copied where it is a slice of a larger tensor (a fused projection), which it would keep alive."""
-    if torch.compiler.is_compiling():  # the compiler decides what is kept
-        return x
+    if torch.compiler.is_compiling():  # which does not see storages, and sees through a copy that is no operator
+        return x if x.is_contiguous() or x.transpose(1, 2).is_contiguous() else copied(x)  # type: ignore[no-any-return]
     return x if x.untyped_storage().nbytes() < 1.5 * x.nbytes else x.clone(memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("normtune::copied", mutates_args=())
+def copied(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@copied.register_fake
+def _(x: Any) -> Any:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def repeat(x: torch.Tensor, groups: int) -> torch.Tensor:
