@@ -213,13 +213,17 @@ def pictures(tmp_path: Path) -> list[Path]:
     return paths
 
 
+def missing(store: Store, paths: list[Path]) -> dict[str, Path]:
+    return {key: path for key, path in store.contents(paths).items() if key not in store}
+
+
 def filled(folder: Path, paths: list[Path], dtype: torch.dtype = torch.float32) -> tuple[Store, torch.Tensor]:
     """A store of random features in two shards."""
     store = Store(folder)
     values = torch.randn(len(paths), 3, 5).to(dtype)
     store.describe({"tokens": 3, "shape": [3, 5], "dtype": str(dtype)})
     store.recognize(dict.fromkeys(paths, "test"))
-    keys = list(store.missing(paths))
+    keys = list(missing(store, paths))
     store.add(keys[:2], values[:2])
     store.add(keys[2:], values[2:])
     return store, values
@@ -243,7 +247,7 @@ def test_images_are_known_by_content(tmp_path: Path, pictures: list[Path]) -> No
     Image.new("RGB", (4, 4), (99, 0, 0)).save(pictures[2])
     fresh = Store(tmp_path / "s")
     fresh.recognize(dict.fromkeys(pictures, "test"))
-    assert list(fresh.missing(pictures).values()) == [pictures[2]]
+    assert list(missing(fresh, pictures).values()) == [pictures[2]]
     with pytest.raises(JobError, match="it changed while it was in use"):
         fresh.lookup([pictures[2]])
 
@@ -286,10 +290,10 @@ def test_a_damaged_shard_is_noticed_and_done_again(
     store = Store(tmp_path / "s")
     store.recognize(dict.fromkeys(pictures, "test"))
     assert "damaged" in capsys.readouterr().err and not shards[0].exists() and shards[1].exists()
-    missing = store.missing(pictures)
-    assert len(missing) == 2
-    store.add(list(missing), torch.ones(2, 3, 5))
-    assert store.lookup(list(missing.values())).eq(1).all()
+    lost = missing(store, pictures)
+    assert len(lost) == 2
+    store.add(list(lost), torch.ones(2, 3, 5))
+    assert store.lookup(list(lost.values())).eq(1).all()
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,10 +486,12 @@ def test_several_processes_share_the_work(
     monkeypatch.setattr(filling, "SHARD_BYTES", 1)
     recipe = recipe_of(base, data)
     prepared, model, processor, _ = begin(recipe, fill=False)
-    for rank in range(3):
-        prepared.fill(model, processor, rank=rank, ranks=3, quiet=True)
+    for rank in range(3):  # one that comes late sees what the others have stored, and still does its own share
+        late = begin(recipe, fill=False)[0]
+        late.fill(model, processor, rank=rank, ranks=3, quiet=True)
     assert len(list(cache.glob("features/*/*.safetensors"))) == 4
-    assert not prepared.store.missing(prepared.wanted)
+    prepared.store.refresh()
+    assert not prepared.missing
 
 
 def test_two_trainings_fill_one_store(base: dict[str, Any], data: Path) -> None:
@@ -517,7 +523,7 @@ def test_two_trainings_fill_one_store_at_once(
     monkeypatch.setattr(Store, "add", add)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda one: one[0].fill(one[1], one[2], quiet=True), both))
-    assert all(not one[0].store.missing(one[0].wanted) for one in both)
+    assert all(not one[0].missing for one in both)
     assert torch.equal(*(one[0].store.lookup(list(one[0].wanted)) for one in both))
 
 
@@ -637,7 +643,7 @@ recipe = load_recipe(sys.argv[1], [])
 prepared = filling.prepare_features(recipe, [Mixture(stage.data) for stage in recipe.stages], quiet=True)
 model, processor = build(recipe.model, recipe.seed, prepared.known)
 prepared.fill(model, processor, quiet=True)
-print("missing", len(prepared.store.missing(prepared.wanted)), flush=True)
+print("missing", len(prepared.missing), flush=True)
 """
 
 

@@ -52,7 +52,11 @@ class Prepared:
     wanted: dict[Path, str]  # image -> what names it
     stages: tuple[Stage, ...]  # all up to the last that reads features
     known: Features | None
-    missing: dict[str, Path]  # SHA-256 -> image
+
+    @property
+    def missing(self) -> dict[str, Path]:
+        """SHA-256 -> one of the files with this content, of the images that are not stored yet."""
+        return {key: path for key, path in self.store.contents(self.wanted).items() if key not in self.store}
 
     def check(self, model: nn.Module) -> None:
         """Raises InputError where features cannot stand for images: an encoder that is trained, or read in other ways.
@@ -85,13 +89,15 @@ class Prepared:
             JobError: writing failed.
         """
         self.store.refresh()
-        todo = [key for key in sorted(self.missing)[rank::ranks] if key not in self.store]
+        contents = self.store.contents(self.wanted)
+        # Shares of all images, not of the missing ones: what is missing may look different to another process.
+        todo = [key for key in sorted(contents)[rank::ranks] if key not in self.store]
         # Not in one order: two trainings that start together would encode the same images at the same time.
         random.Random(os.getpid()).shuffle(todo)
         if not todo:
             return
         encode = Encoder(model, processor, self.wanted)
-        first = encode([self.missing[todo[0]]])
+        first = encode([contents[todo[0]]])
         bytes_each = first.numel() * first.element_size()
         room = self.store.check_room(len(self.missing), bytes_each)
         if rank == 0 and not quiet:
@@ -101,7 +107,7 @@ class Prepared:
         with Bar("encoding images", len(todo), quiet=quiet or rank > 0) as bar:
             while left := [key for key in todo if key not in self.store]:
                 shard = left[:per_shard]
-                self.store.add(shard, encode([self.missing[key] for key in shard]))
+                self.store.add(shard, encode([contents[key] for key in shard]))
                 bar.update(len(todo) - len(left) + len(shard))
                 self.store.refresh()  # another process may be at it, too
 
@@ -191,8 +197,8 @@ def prepare_features(recipe: Recipe, mixtures: Sequence[HasSamples], *, quiet: b
     facts = identity(recipe.model)
     store = Store(cache_folder() / "features" / identity_key(facts))
     store.recognize(wanted, quiet)
-    missing = store.missing(wanted)
+    missing = any(key not in store for key in store.contents(wanted))
     live = any(images for images, stage in zip(shown, recipe.stages, strict=True) if not stage.cache_features)
     probed = None if missing or live else store.facts.get("probed")
     known = None if probed is None else Features(**probed)
-    return Prepared(store, facts, wanted, tuple(recipe.stages[: cached[-1] + 1]), known, missing)
+    return Prepared(store, facts, wanted, tuple(recipe.stages[: cached[-1] + 1]), known)

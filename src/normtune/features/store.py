@@ -105,12 +105,12 @@ class Store:
                 self._keys[path] = key
                 bar.update(number)
 
-    def missing(self, paths: Iterable[Path]) -> dict[str, Path]:
-        """SHA-256 -> one of the files with this content, of those recognized files that are not stored yet."""
-        keys = {self._keys[path]: path for path in paths}
-        return {key: path for key, path in keys.items() if key not in self._places}
+    def contents(self, paths: Iterable[Path]) -> dict[str, Path]:
+        """SHA-256 -> one of the recognized files with this content."""
+        return {self._keys[path]: path for path in paths}
 
     def __contains__(self, key: str) -> bool:
+        """Whether features of an image with this SHA-256 are stored."""
         return key in self._places
 
     def lookup(self, paths: Sequence[Path]) -> torch.Tensor:
