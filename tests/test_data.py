@@ -4,6 +4,7 @@ the model's own processor makes."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTraine
 
 from models import LLAMA2, tiny_mllm
 from normtune.chat import Turn
-from normtune.data import Collator, Mixture, Sample, open_image, read_samples
+from normtune.data import Collator, Mixture, Sample, batches, open_image, read_samples
 from normtune.errors import InputError
 from normtune.recipe import DataSource
 
@@ -559,6 +560,40 @@ def test_cutting_leaves_images_whole_and_is_counted(folder: Path, tmp_path: Path
     assert counts["cut_tokens"] > 0
     collator([samples[2]])
     assert counts["dropped"] == 2 and counts["samples"] == 5
+
+
+class Stored:
+    """Features by path, as from a store on disk: here the number of the path's letters."""
+
+    tokens = 16
+
+    def lookup(self, paths: Sequence[Path]) -> torch.Tensor:
+        return torch.tensor([len(path.name) for path in paths]).float()[:, None, None].expand(-1, 16, 8)
+
+
+def test_an_image_is_opened_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an optimizer step, however often it is shown; not at all where its features are stored."""
+    processor = AutoProcessor.from_pretrained(tiny_mllm(tmp_path / "mllm"))
+    samples = read_samples(source(folder, CONVERSATIONS * 2))
+    opened: list[str] = []
+
+    def counting(path: Path, where: str) -> Image.Image:
+        opened.append(path.name)
+        return open_image(path, where)
+
+    monkeypatch.setattr(batches, "open_image", counting)
+    monkeypatch.setattr(batches, "DECODED", 2)
+    collator = Collator(processor, None)
+    rows = collator.encode(samples)
+    assert opened == ["a.png", "b.jpg", "c.png"]
+    assert [len(row.images) for row in rows] == [1, 0, 2, 1] * 2 and collator.counts["images"] == 8
+    live = collator.packed(rows[2:5])
+    assert live["pixel_values"].shape[0] == 3 and live["image_index"].tolist() == [0, 1, 0, 2]
+    assert "image_index" not in collator.packed(rows[2:3])
+    stored = Collator(processor, None, Stored())
+    batch = stored.packed(stored.encode(samples)[2:5])
+    assert len(opened) == 3 and batch["features"][:, 0, 0].tolist() == [5, 5, 5] and "pixel_values" not in batch
+    assert all(torch.equal(batch[key], live[key]) for key in live if key != "pixel_values")
 
 
 def test_faults_in_a_batch_name_the_sample(folder: Path, tmp_path: Path) -> None:

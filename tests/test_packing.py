@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import zoo
 from normtune.data import Collator, Row, micro_batches
 from normtune.kernels import attention_gpu
-from normtune.kernels.attention import LeanAttention, attend, attend_backward
+from normtune.kernels.attention import LeanAttention, attend, attend_backward, trial
 from normtune.kernels.segments import ALL, MASKED, current, find_window, recomputed, segments
 from normtune.step import positions, supervised_loss
 from normtune.strategy import apply, lean
@@ -281,6 +282,27 @@ def test_masks_and_bounds_of_the_gpus_kernels(kind: str) -> None:
     assert torch.equal(attention_gpu.unflat(attention_gpu.flat(q), len(q)), q)
     with pytest.raises(ValueError, match="in a row of"):
         attention_gpu.bounds(q, torch.tensor([3, 1]))
+
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_kernels_are_compared_with_torchs_before_they_are_used(device: str, dtype: torch.dtype) -> None:
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert attention_gpu.proved(torch.device(device), dtype, trial)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cause"),
+    [(lambda q, k, v, mask, lengths: q * v.sum() * k.sum(), "RuntimeError: another result"), (None, "TypeError")],
+    ids=["other result", "raises"],
+)
+def test_kernels_that_differ_are_not_used(wrong: Any, cause: str) -> None:
+    with pytest.warns(UserWarning, match=f"falls back to transformers' own on cpu: {cause}"):
+        assert not attention_gpu.proved(torch.device("cpu"), torch.float32, wrong)
 
 
 # --- which models, which micro-batches

@@ -112,7 +112,11 @@ class Collator:
         Raises:
             InputError: naming the sample, for an image that cannot be opened and as in `Chat.encode`.
         """
-        pixels, tokens = self._look({path: sample.where for sample in reversed(samples) for path in sample.images})
+        wanted: dict[Path, str] = {}
+        for sample in samples:
+            for path in sample.images:
+                wanted.setdefault(path, sample.where)
+        pixels, tokens = self._look(wanted)
         encoded: list[Encoded] = []
         rows: list[Row] = []
         for sample in samples:
@@ -173,14 +177,14 @@ class Collator:
         return batch if len(index) == len(places) else {**batch, "image_index": torch.tensor(index)}
 
     def _look(self, wanted: dict[Path, str]) -> tuple[dict[Path, torch.Tensor], dict[Path, int]]:
-        """Pixels (3, h, w) float32 and the number of image tokens of each path, given where it is named."""
+        """Pixels (3, h, w) float32 and the number of image tokens of each path; `wanted` says which sample names it."""
         if wanted and getattr(self.processor, "image_processor", None) is None:
             raise InputError("the data has images, but the model's processor takes none: train an MLLM")
         if self.store is not None:
             return {}, dict.fromkeys(wanted, self.store.tokens)
         pixels: dict[Path, torch.Tensor] = {}
         tokens: dict[Path, int] = {}
-        paths = list(wanted)[::-1]  # in the order of the samples
+        paths = list(wanted)
         for some in (paths[i : i + DECODED] for i in range(0, len(paths), DECODED)):
             values, counts = self._process([open_image(path, wanted[path]) for path in some])
             pixels.update(zip(some, values, strict=True))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from normtune.kernels import attention_gpu
@@ -229,12 +230,19 @@ def attention(
     """An attention function of transformers, (B, h, S, D) -> (B, S, h, D): lean for marked modules, else `theirs`."""
     lengths = current() if query.shape[0] == 1 else None
     causal = attention_mask is None and (is_causal if is_causal is not None else getattr(module, "is_causal", True))
-    lean = vars(module).get(MARK) and dropout == 0.0 and runs_on(query)
-    lean = lean and query.shape[2] == key.shape[2] > 1 and query.shape[3] == value.shape[3]
+    lean = (
+        vars(module).get(MARK)
+        and dropout == 0.0
+        and query.shape[2] == key.shape[2] > 1
+        and query.shape[3] == value.shape[3]
+    )
     lean = lean and not any(options.get(key) is not None for key in ("position_bias", "cache", "softcap"))
     lean = lean and (causal or attention_mask is not None or (lengths is None and not query.is_cuda))
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    if not lean or not (learns or lengths is not None) or (attention_mask is not None and attention_mask.requires_grad):
+    lean = (
+        lean and (learns or lengths is not None) and not (attention_mask is not None and attention_mask.requires_grad)
+    )
+    if not lean or not runs_on(query):
         return theirs(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
         )
@@ -245,6 +253,8 @@ def attention(
 def runs_on(query: torch.Tensor) -> bool:
     """Whether the kernels here know the device."""
     if query.is_cuda and torch.version.hip is None:
+        if isinstance(query, FakeTensor):  # a plan: there may be no such device here
+            return True
         return attention_gpu.proved(query.device, query.dtype, trial)  # type: ignore[no-any-return]
     return query.device.type in ("cpu", "meta")
 
