@@ -94,10 +94,12 @@ def block_flops(model: nn.Module, name: str, flows: bool) -> tuple[float, float,
     stages = [_below(inside, first), _below(inside, found.attn_o)]
     stages.append([n for n in inside if n not in {*stages[0], *stages[1]}])
     share = active_share(model)
+    outer = model.get_submodule(found.embed[0]).weight.shape[-1]  # type: ignore[union-attr,index]
     for number, names in enumerate(stages):
         after = flows
         for module in map(model.get_submodule, names):
-            cost, trains = matmul(module, flows)
+            inner = is_linear(module) and features(module)[0] != outer  # what it is given comes from within the stage
+            cost, trains = matmul(module, after if inner else flows)
             total, after = total + cost, after or trains
         total += share * sum(experts(model.get_submodule(n), flows) for n in names)
         flows = after

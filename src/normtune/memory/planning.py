@@ -3,7 +3,8 @@
 What runs is the project's own step (`apply`, `lean`, `make_optimizer`, `loss_at`, backward, clipping, AdamW's update)
 on tensors without values, from configs alone. The optimizer's state exists already, as from the second step on. The
 fake tensors pose as a CPU's, since others need a build of torch for their device; a GPU keeps the same for backward.
-Not here: `compile: true` (planned as eager), padding (every sample is `length` long), what an allocator leaves unused.
+Every sample is `length` long; an attention mask is made, as for a padded batch.
+Not here: `compile: true` (planned as eager), packed rows (kept is the same), what an allocator leaves unused.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def plan_step(model: nn.Module, stage: Stage, shape: Shape, dtype: str = "bfloat
     """
     report = prepare(model, stage, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), Ledger(block) as ledger:
-        materialize(model, ledger)
+        materialize(model, ledger, without=tuning(model).anatomy.vision if stage.cache_features else [])
         batch, images, note = make_batch(model, shape, DTYPES[dtype], stage.cache_features)
         optimizer = make_optimizer(model, stage)
         prime(optimizer, ledger)
@@ -134,23 +135,26 @@ def prepare(model: nn.Module, stage: Stage, dtype: str) -> Report:
             layer = getattr(layer, "base_layer", layer)
             if any(p.requires_grad for p in layer.parameters(recurse=False) if p.dim() > 1):
                 raise InputError(f"{name} is {dtype} and cannot be trained; use dtype: bfloat16, or another strategy")
-            stand_in(layer, dtype)  # type: ignore[arg-type]
+            stand_in(layer, dtype)
     if stage.checkpoint_activations:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     return report
 
 
-def materialize(model: nn.Module, ledger: Ledger) -> None:
-    """Replaces every parameter and buffer by a fake one on the CPU; tied ones stay tied."""
+def materialize(model: nn.Module, ledger: Ledger, without: list[str]) -> None:
+    """Replaces every parameter and buffer by a fake one on the CPU, but for modules `without`; tied ones stay tied."""
+    left = {module for name in without for module in model.get_submodule(name).modules()}
     made: dict[int, torch.Tensor] = {}
     held = []  # an identity lasts as long as its object
     for module in model.modules():
+        if module in left:
+            continue
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None:
                 continue
             held.append(tensor)
             if id(tensor) not in made:
-                fake = torch.empty_like(tensor, device="cpu")
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
                 ledger.move(fake, TRAINABLE if tensor.requires_grad else WEIGHTS)
                 own = isinstance(tensor, nn.Parameter)
                 made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if own else fake

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from normtune.layers import features
+
 BLOCK, NESTED = 64, 256
 CODES = 16 * 4, 256 * 4  # tables of the 4-bit and of the nested 8-bit values
 
@@ -45,14 +47,15 @@ class Dequantized(torch.autograd.Function):
         return grads[0] @ grads[0].new_empty(ctx.shape), None, None
 
 
-def stand_in(layer: nn.Linear, dtype: str) -> None:
+def stand_in(layer: nn.Module, dtype: str) -> None:
     """Makes a frozen linear layer one of `dtype` (nf4, int8), as far as bytes go."""
-    rows, columns = layer.weight.shape
+    columns, rows = features(layer)
+    layer.in_features, layer.out_features = columns, rows  # type: ignore[assignment]
     size = nf4_bytes(rows * columns) if dtype == "nf4" else int8_bytes(rows, columns)
-    packed = torch.empty(size, dtype=torch.uint8, device=layer.weight.device)
+    packed = torch.empty(size, dtype=torch.uint8, device=layer.weight.device)  # type: ignore[arg-type]
     layer.weight = nn.Parameter(packed, requires_grad=False)
     layer.forward = functools.partial(_forward, layer, rows)  # type: ignore[method-assign]
 
 
-def _forward(layer: nn.Linear, rows: int, x: torch.Tensor) -> torch.Tensor:
+def _forward(layer: nn.Module, rows: int, x: torch.Tensor) -> torch.Tensor:
     return Dequantized.apply(x, layer.bias, rows)  # type: ignore[no-any-return,no-untyped-call]
