@@ -33,7 +33,7 @@ WITHIN = {
     "skeletons": {"model", "pretrained"},
     "tuned": {"adapter"},
     "checkpoint": {"adapter"},
-    "step": {"features"},
+    "step": {"features", "flops"},
     "features": {"tuned"},
     "memory": {"step", "flops", "accounting"},
 }
@@ -100,7 +100,7 @@ def test_import_and_help_need_no_torch() -> None:
 def test_every_public_name_exists() -> None:
     import normtune
 
-    assert set(normtune._HOMES) | {"train", "evaluate"} == set(normtune.__all__)
+    assert set(normtune._HOMES) | {"train", "evaluate", "plan"} == set(normtune.__all__)
     for name in normtune.__all__:
         assert callable(getattr(normtune, name))
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from normtune import checkpoint, runlog
 from normtune.errors import InputError, JobError
+from normtune.flops import Flops
 from normtune.kernels import HeadLoss
 from normtune.recipe import Stage
 from normtune.step import add_throughput, check_rates, make_optimizer, schedule, supervised_loss
@@ -68,15 +69,44 @@ def test_loss_is_the_sum_over_supervised_tokens() -> None:
 
 
 def test_throughput_counts_the_wait_for_data() -> None:
-    record: dict[str, Any] = {"tokens": 300, "supervised_tokens": 30, "seconds": 2.0}
-    add_throughput(record, 1.0)
+    record: dict[str, Any] = {"tokens": 300, "supervised_tokens": 30, "images": 2, "pairs": 400, "seconds": 2.0}
+    add_throughput(record, 1.0, Flops(token=1e9, supervised=1e9, image=1e9, pair=1e6), peak=1e12)
     assert record == {
         "tokens": 300,
         "supervised_tokens": 30,
         "tokens_per_second": 100.0,
         "supervised_per_second": 10.0,
         "data_wait": 0.3333,
+        "tflops": 0.1108,  # (300 + 30 + 2 + .4) / 3
+        "mfu": 0.1108,
     }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"packing": False},
+        {"packing": True},
+        {"packing": True, "micro_batch_size": 2},
+        {"cache_features": True},
+        {"activations": "8bit"},
+        {"packing": True, "cache_features": True, "checkpoint_activations": True},
+        pytest.param({"packing": True, "compile": True}, marks=pytest.mark.heavy),
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_how_a_stage_computes_does_not_change_its_losses(
+    options: dict[str, Any], recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NORMTUNE_CACHE", str(tmp_path / "cache"))
+    for name, changes in (("plain", {"packing": False, "micro_batch_size": 1}), ("run", options)):
+        for stage in recipe["stages"]:
+            stage.pop("micro_batch_size", None)
+            stage.update(changes)
+        train(recipe, out=tmp_path / name, quiet=True)
+    plain, run = ([line["loss"] for line in lines(tmp_path / name) if "loss" in line] for name in ("plain", "run"))
+    assert run == pytest.approx(plain, rel=1e-2 if "activations" in options else 1e-4)
+    assert len(set(plain)) == len(plain)
 
 
 def test_head_runs_on_supervised_positions_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ __all__ = [
     "movement",
     "open_tuned",
     "parameter_groups",
+    "plan",
     "remove_adapter",
     "restore",
     "save",
@@ -98,6 +99,16 @@ def train(recipe: Any, **options: Any) -> Any:
 
     own = {key: options.pop(key) for key in ("out", "resume", "quiet") if key in options}
     return run(resolve(load_recipe(recipe, override_texts(options))), **own)
+
+
+def plan(recipe: Any, **overrides: Any) -> Any:
+    """The memory plan of a recipe's hungriest stage, as `normtune.memory.Plan`; from configs alone."""
+    from normtune.memory import plan_recipe
+    from normtune.recipe import load_recipe, override_texts
+    from normtune.world import resolve
+
+    plans = plan_recipe(resolve(load_recipe(recipe, override_texts(overrides))))
+    return max(plans, key=lambda found: found.peak_bytes)
 
 
 def evaluate(model: Any, *, benchmarks: list[str], data: Any, force: bool = False, **options: Any) -> Any:

@@ -19,6 +19,7 @@ from torch import nn
 
 from normtune.errors import InputError, JobError
 from normtune.features import images
+from normtune.flops import Flops, causal_pairs
 from normtune.kernels import HeadLoss, Logits, find_logits, without_head
 from normtune.kernels.segments import segments
 from normtune.layers import unwrapped
@@ -71,9 +72,9 @@ def make_optimizer(model: nn.Module, stage: Stage) -> torch.optim.AdamW:
 
 
 def description(
-    model: nn.Module, stage: Stage, report: Report, left: Sequence[str], optimizer: torch.optim.Optimizer
+    model: nn.Module, stage: Stage, report: Report, notes: Sequence[str], optimizer: torch.optim.Optimizer
 ) -> list[str]:
-    """What a stage trains, line by line: parts, notes, what is not lean (`left`), the optimizer's groups."""
+    """What a stage trains, line by line: parts, notes, those of the stage, the optimizer's groups."""
     parts = ", ".join(f"{part} {count:,}" for part, count in report.by_part(model).items())
     skipped = f"; the model has no {', '.join(report.skipped)}" if report.skipped else ""
     groups = [
@@ -85,7 +86,7 @@ def description(
         f"{stage.name}: {report.strategy} trains {report.parameters:,} of {report.total:,} parameters "
         f"({report.percent:.4g} %, {report.bytes / 2**20:.2f} MiB in fp32): {parts}{skipped}"
     )
-    return [head, *(f"  {text}" for text in (*report.notes, *(f"not lean: {what}" for what in left), *groups))]
+    return [head, *(f"  {text}" for text in (*report.notes, *notes, *groups))]
 
 
 def schedule(stage: Stage, step: int, total: int) -> float:
@@ -115,11 +116,8 @@ def take_step(
     """
     began = time.perf_counter()
     dtype = tuning(accelerator.unwrap_model(model)).dtype
-    own = [
-        sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches),
-        sum(tokens_of(batch) for batch in batches),
-    ]
-    supervised, tokens = accelerator.reduce(torch.tensor(own, device=accelerator.device)).tolist()
+    own = torch.tensor([size_of(batch) for batch in batches]).sum(0)
+    supervised, tokens, images, pairs = accelerator.reduce(own.to(accelerator.device)).tolist()
     if supervised == 0:
         raise JobError(f"{stage.name}, step {step + 1}: no sample of this step has a supervised token; see max_length")
     loss_sum = torch.zeros((), device=accelerator.device)
@@ -154,25 +152,38 @@ def take_step(
         "learning_rate": optimizer.param_groups[0]["lr"],
         "supervised_tokens": supervised,
         "tokens": tokens,
+        "images": images,
+        "pairs": pairs,
         "seconds": seconds,
     }
 
 
-def add_throughput(record: dict[str, Any], waited: float) -> None:
-    """Replaces `seconds` of a step's record by what they and the wait for its data come to.
+def add_throughput(record: dict[str, Any], waited: float, flops: Flops, peak: float | None) -> None:
+    """Replaces `seconds`, `images` and `pairs` of a step's record by what they and the wait for its data come to.
 
     `tokens_per_second` counts every token of the batch (image tokens too, padding not), `supervised_per_second` those
-    that the loss is taken over, `data_wait` is the share of the time spent waiting for data.
+    that the loss is taken over, `data_wait` is the share of the time spent waiting for data. `tflops` are the matmuls
+    that were due (see flops.py: none for weight gradients of frozen weights), `mfu` their share of `peak`, the
+    datasheet's FLOP/s of all devices together, where that is known.
     """
     seconds = record.pop("seconds") + waited
+    rate = (
+        flops.step(record["tokens"], record["supervised_tokens"], record.pop("images"), record.pop("pairs")) / seconds
+    )
     record["tokens_per_second"] = round(record["tokens"] / seconds, 1)
     record["supervised_per_second"] = round(record["supervised_tokens"] / seconds, 1)
     record["data_wait"] = round(waited / seconds, 4)
+    record["tflops"] = float(f"{rate / 1e12:.4g}")
+    if peak:
+        record["mfu"] = round(rate / peak, 4)
 
 
-def tokens_of(batch: dict[str, torch.Tensor]) -> int:
-    """Tokens of a batch, image tokens too, padding not."""
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+def size_of(batch: Mapping[str, torch.Tensor]) -> list[int]:
+    """Of a batch: supervised tokens, tokens (of images too, padding not), images that are encoded, attended pairs."""
+    lengths = batch["lengths"] if "lengths" in batch else batch["attention_mask"].sum(1)
+    supervised = int((batch["labels"][:, 1:] != -100).sum())
+    images = len(batch.get("pixel_values", ()))
+    return [supervised, int(lengths.sum()), images, int(causal_pairs(lengths.tolist()))]
 
 
 ON_CPU = ("labels", "lengths")

@@ -87,6 +87,12 @@ class Stage(Node):
     weight_decays: dict[str, NonNegative] = Field({}, description="weight decay by part")
     clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 is off")
     max_length: PositiveInt = Field(2048, description="tokens per sample, image tokens included")
+    packing: Literal["auto"] | bool = Field(
+        "auto", description="samples end to end in one row, without padding; auto: where it was measured to be faster"
+    )
+    cache_features: bool = Field(False, description="encode each image once and keep its features on disk")
+    compile: bool = Field(False, description="torch.compile each block")
+    activations: Literal["exact", "8bit"] = Field("exact", description="what MLPs keep for backward; 8bit: int8")
     checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, slower")
     lora: Lora = Field(Lora(), description="options of the lora part")
 

@@ -9,9 +9,10 @@ how fp32 parameters run in a bf16 model (kernels), optimizers (step).
 """
 
 from normtune.strategy.applying import Report, apply, check, is_offloaded, parameter_groups
-from normtune.strategy.leaning import lean, restore
+from normtune.strategy.leaning import compile_blocks, lean, restore
 from normtune.strategy.lora import LORA_NAME, add_lora, is_trained, remove_lora
 from normtune.strategy.moving import Movement, check_step_size, movement
+from normtune.strategy.packing import can_pack, pack_length, prefers_packing
 from normtune.strategy.state import (
     CHUNK,
     GAIN_PARTS,
@@ -45,9 +46,11 @@ __all__ = [
     "add_lora",
     "apply",
     "base_gains",
+    "can_pack",
     "changed",
     "check",
     "check_step_size",
+    "compile_blocks",
     "count",
     "hold_base",
     "is_lora",
@@ -57,9 +60,11 @@ __all__ = [
     "mark_tuned",
     "match_precision",
     "movement",
+    "pack_length",
     "parameter_groups",
     "parameters",
     "plain",
+    "prefers_packing",
     "refuse_cast",
     "remove_lora",
     "resolve",

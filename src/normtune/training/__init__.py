@@ -23,7 +23,7 @@ from normtune.runlog import Run
 from normtune.strategy import Report, restore
 from normtune.training.loop import Interrupted, apply_stage, interruptible, run_stage
 from normtune.training.starting import check_lora_order, recover, start
-from normtune.tuned import open_tuned
+from normtune.tuned import attach_encoder, open_tuned
 
 __all__ = ["Interrupted", "Trained", "train"]
 
@@ -93,6 +93,7 @@ def train(
         seconds = time.monotonic() - began
         loop.log({"event": "end", "seconds": round(seconds, 2)})
         loop.say(f"adapter written to {run.adapter}")
+    attach_encoder(loop.model, recipe.model)
     if recipe.trackers:
         loop.accelerator.end_training()
     return Trained(run.folder, loop.model, loop.processor, report, time.monotonic() - began)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 import time
@@ -17,15 +16,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from normtune.checkpoint import Position, load_optimizer, prune, read_tensors, save_checkpoint
-from normtune.data import IGNORED, Collator, Mixture
+from normtune.data import Collator, Mixture
 from normtune.errors import NormtuneError
+from normtune.features import Prepared
+from normtune.flops import count_flops, peak_rate
+from normtune.kernels.segments import recomputed
 from normtune.progress import Bar, say
 from normtune.recipe import Recipe, Stage, parse_interval
 from normtune.runlog import Run
 from normtune.step import Guard, add_throughput, description, make_optimizer, note_of, take_step
-from normtune.strategy import Report, apply, lean, tuning
-
-MICRO_BATCH = 16
+from normtune.strategy import Report, apply, compile_blocks, lean, tuning
+from normtune.training.batching import Batches, choose_packing, steps_of
 
 
 class Interrupted(NormtuneError):
@@ -45,6 +46,7 @@ class Loop:
     processor: Any
     mixtures: list[Mixture]
     quiet: bool
+    prepared: Prepared | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
 
@@ -90,38 +92,26 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     """One stage from `first_step` on: the story of the loop."""
     stage, seed = loop.recipe.stages[index], loop.recipe.seed * 1000 + index
     report = apply_stage(loop, stage)
-    swaps = lean(loop.model)
-    mixture = loop.mixtures[index]
-    collator = Collator(loop.processor, stage.max_length)
-    per_epoch, total = steps_of(stage, mixture)
+    batches, notes = prepare_stage(loop, index)
+    _, total = steps_of(stage, batches.mixture)
     earlier = sum(steps_of(s, m)[1] for s, m in zip(loop.recipe.stages[:index], loop.mixtures, strict=False))
     optimizer = make_optimizer(loop.model, stage)
-    for line in description(loop.model, stage, report, swaps.left, optimizer):
+    for line in description(loop.model, stage, report, notes, optimizer):
         loop.say(line)
     if first_step:
         path = loop.run.checkpoints / f"{stage.name}-{first_step}"
         load_optimizer(loop.model, optimizer, read_tensors(path))
     else:
         torch.manual_seed(seed)
-    if stage.checkpoint_activations:
-        loop.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    model = loop.accelerator.prepare_model(loop.model) if loop.accelerator.num_processes > 1 else loop.model
+    several = loop.accelerator.num_processes > 1
+    # everything is where it belongs; an encoder without weights could not be moved
+    model = loop.accelerator.prepare_model(loop.model, device_placement=False) if several else loop.model
     loop.log(
         {"event": "start", "stage": stage.name, "step": first_step, "steps": total, "parameters": report.parameters}
     )
     guard = Guard(loop.model, stage, total)
+    flops, peak = count_flops(loop.model), peak_of(loop)
     loop.model.train()
-
-    def batches(step: int) -> list[dict[str, torch.Tensor]]:
-        order = mixture.order(seed, step // per_epoch)
-        at = step % per_epoch * stage.batch_size
-        mine = order[at : at + stage.batch_size][loop.accelerator.process_index :: loop.accelerator.num_processes]
-        size = stage.micro_batch_size or min(stage.batch_size, MICRO_BATCH)
-        if not mine:  # fewer samples than processes: this one only takes part in the exchange of gradients
-            idle = collator([mixture[order[at]]])
-            return [{**idle, "labels": torch.full_like(idle["labels"], IGNORED)}]
-        return [collator([mixture[i] for i in mine[j : j + size]]) for j in range(0, len(mine), size)]
-
     silent = loop.quiet or not loop.accelerator.is_main_process
     with Bar(stage.name, total, first_step, silent) as bar, ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(batches, first_step) if first_step < total else None
@@ -131,7 +121,7 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
             ready, ahead = ahead.result(), pool.submit(batches, step + 1) if step + 1 < total else None
             waited = time.perf_counter() - began
             record = take_step(loop.accelerator, model, optimizer, ready, stage, step, total)
-            add_throughput(record, waited)
+            add_throughput(record, waited, flops, peak)
             guard.measure(step + 1, record)
             loop.log({"stage": stage.name, "step": step + 1, **record}, step=earlier + step + 1)
             bar.update(step + 1, note_of(record))
@@ -139,14 +129,38 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
             keep_safe(loop, optimizer, index, step + 1, total)
     if stage.checkpoint_activations:
         loop.model.gradient_checkpointing_disable()  # type: ignore[operator]
-    loop.log({"event": "stage end", "stage": stage.name, "data": dict(collator.counts), "movement": guard.last})
+    counts = dict(batches.collator.counts)
+    loop.log({"event": "stage end", "stage": stage.name, "data": counts, "movement": guard.last})
     return report
 
 
-def steps_of(stage: Stage, mixture: Mixture) -> tuple[int, int]:
-    """Optimizer steps of an epoch, and of the stage."""
-    per_epoch = math.ceil(len(mixture.order(0, 0)) / stage.batch_size)
-    return per_epoch, stage.max_steps or stage.epochs * per_epoch
+def prepare_stage(loop: Loop, index: int) -> tuple[Batches, list[str]]:
+    """How the stage computes, as its recipe says: what is kept for backward, compiled, packed, read from disk.
+
+    Returns:
+        its batches, and what a user should know of what was left as it is.
+    """
+    stage, model = loop.recipe.stages[index], loop.model
+    swaps = lean(model, stage.activations)
+    notes = [f"not lean: {what}" for what in swaps.left]
+    if stage.compile and (warning := compile_blocks(model)):
+        notes.append(warning)
+    if stage.checkpoint_activations:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})  # type: ignore[operator]
+    pack, why = choose_packing(model, stage, loop.accelerator.device)
+    notes += [why] if why else []
+    store = loop.prepared.store if loop.prepared is not None and stage.cache_features else None
+    collator = Collator(loop.processor, stage.max_length, store)
+    at, of = loop.accelerator.process_index, loop.accelerator.num_processes
+    return Batches(loop.mixtures[index], collator, stage, loop.recipe.seed * 1000 + index, pack, at, of), notes
+
+
+def peak_of(loop: Loop) -> float | None:
+    """The datasheet's FLOP/s of all devices together, where it is known."""
+    if loop.accelerator.device.type != "cuda":
+        return None
+    rate = peak_rate(torch.cuda.get_device_name(loop.accelerator.device), tuning(loop.model).dtype)
+    return rate and rate * loop.accelerator.num_processes
 
 
 def keep_safe(loop: Loop, optimizer: torch.optim.Optimizer, index: int, step: int, total: int) -> None:

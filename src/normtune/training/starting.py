@@ -11,13 +11,15 @@ from accelerate import Accelerator
 from normtune.checkpoint import check_same, finished_first_stage, list_checkpoints, load_parameters, read_tensors
 from normtune.data import Mixture
 from normtune.errors import InputError
+from normtune.features import prepare_features
 from normtune.progress import say
 from normtune.recipe import Recipe, recipe_hash, to_yaml
 from normtune.runlog import Run
 from normtune.step import check_rates
 from normtune.strategy import check
+from normtune.training.batching import choose_packing
 from normtune.training.loop import Loop, apply_stage
-from normtune.tuned import build
+from normtune.tuned import build, move
 
 
 def check_lora_order(recipe: Recipe) -> None:
@@ -41,21 +43,30 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     elif not resume:
         Run.refuse_existing(run.folder)
     torch.manual_seed(recipe.seed)
-    model, processor = build(recipe.model, recipe.seed)
+    mixtures = [Mixture(stage.data) for stage in recipe.stages]
+    prepared = prepare_features(recipe, mixtures, quiet=quiet)
+    accelerator.wait_for_everyone()  # all look at what is stored before one of them adds to it
+    model, processor = build(recipe.model, recipe.seed, prepared.known if prepared else None)
     for stage in recipe.stages:
         check_rates(stage, check(model, stage.strategy, stage.lora.targets))
-    mixtures = [Mixture(stage.data) for stage in recipe.stages]
     if recipe.start_from is not None:
         finished_first_stage(recipe, Path(recipe.start_from))
+    move(model, accelerator.device)
+    for stage in recipe.stages:
+        if stage.packing is True:  # to be told now, not after the first stage
+            choose_packing(model, stage, accelerator.device)
+    if prepared is not None:
+        prepared.check(model)
+        at, of = accelerator.process_index, accelerator.num_processes
+        prepared.fill(model, processor, rank=at, ranks=of, quiet=quiet)
     if accelerator.is_main_process and not run.recipe.is_file():
         if resume:
             say(f"no run to resume in {run.folder}: starting from the beginning")
         Run.create(run.folder, to_yaml(recipe))
     accelerator.wait_for_everyone()
-    model.to(accelerator.device)  # type: ignore[arg-type]
     if recipe.trackers:
         accelerator.init_trackers("normtune", {"recipe": recipe.name, "hash": recipe_hash(recipe), "seed": recipe.seed})
-    return Loop(recipe, run, accelerator, model, processor, mixtures, quiet)
+    return Loop(recipe, run, accelerator, model, processor, mixtures, quiet, prepared)
 
 
 def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
