@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "demo.json"
-BEGIN, END = "<!-- demo table: written by `make bench` -->", "<!-- end of demo table -->"
+from benchmarks.readme import write_table
+
+RESULTS = Path(__file__).parent / "results" / "demo.json"
 KEPT = ("scores", "controls", "parameters", "percent", "adapter_bytes", "seconds", "peak_rss_bytes", "provenance")
 
 
@@ -23,8 +23,7 @@ def main() -> None:
     if not parser.parse_args().table:
         measure()
     result = json.loads(RESULTS.read_text())
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), table(result)))
+    write_table("demo", table(result))
     print(table(result))
 
 
@@ -46,15 +45,6 @@ def table(result: dict[str, Any]) -> str:
     header, rows = table_rows(result)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join([*lines, "", verdict({**result, "quick": False}), f"Measured in {machine(result)}"])
-
-
-def with_table(text: str, new: str) -> str:
-    """`text` with what stands between the two marks replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not rest or END not in rest:
-        raise SystemExit(f"README.md lacks the marks {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
 
 
 if __name__ == "__main__":

@@ -1,221 +1,208 @@
 """`python -m benchmarks.step`: the training step of norm tuning beside PEFT's norm tuning and LoRA, in one process.
 
-The same LLaVA-shaped model (random weights, bf16) and the same samples (144 image tokens and 20 to 300 of text, the
-answer supervised) for every method; methods take turns, so that a slower minute of the machine hits all of them.
-Printed: samples/s (median over rounds, and the quartiles), ratios, and the bytes that autograd keeps at most. Figures
-go to benchmarks/results/step.json (or --json FILE). On a GPU, if there is one; else on the CPU with --threads.
+The same LLaVA-shaped model (random weights, bf16) and the same samples (144 image tokens and 20 to 300 of text, half of
+it supervised) for every method; methods take turns, so that a slower minute of the machine hits all of them. Printed:
+samples/s (median over rounds, and the quartiles), ratios with their quartiles over rounds, the bytes autograd keeps
+at most, in H units (hidden-size bf16 values) per token and block, and the peak of resident memory over that of the
+loaded model, each method in a process of its own. Figures go to benchmarks/results/step-THREADS.json (or --json FILE).
+On a GPU, if there is one; else on the CPU with --threads.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LNTuningConfig, LoraConfig, get_peft_model
-from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-import normtune as nt
+from benchmarks.ceilings import synchronize
+from benchmarks.readme import write_table
+from benchmarks.workload import (
+    Method,
+    Sample,
+    Shape,
+    base,
+    kept,
+    ours,
+    packed,
+    padded,
+    peft_lora,
+    peft_norms,
+    sample,
+    theirs,
+)
 from normtune.runlog import provenance
-from normtune.step import supervised_loss
 
-RESULTS = Path(__file__).parent / "results" / "step.json"
-IMAGE, PATCHES, PIXELS = 999, 144, 96
-Batch = dict[str, torch.Tensor]
-
-
-@dataclass
-class Method:
-    """A way to train: `step(samples)` is one optimizer step."""
-
-    name: str
-    model: nn.Module
-    step: Callable[[Sequence[Batch]], None]
-
-
-def base(hidden: int, layers: int, vocabulary: int) -> LlavaForConditionalGeneration:
-    torch.manual_seed(0)
-    text = LlamaConfig(
-        hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, vocab_size=vocabulary,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=PIXELS,
-        patch_size=8,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=PATCHES)
-    return LlavaForConditionalGeneration(config).to(torch.bfloat16)
+RESULTS = Path(__file__).parent / "results"
+BATCH = 8
+SHIPPED, LORA, OURS, COMPILED = (
+    "PEFT LNTuning as shipped (bf16 gains)",
+    "PEFT LoRA r 64, dropout .05",
+    "normtune, packed",
+    "normtune, packed, compiled",
+)
+METHODS: dict[str, Callable[[Shape, torch.device], Method]] = {
+    SHIPPED: lambda s, d: theirs("", peft_norms(base(s, d))),
+    "PEFT LNTuning, fp32 gains, autocast": lambda s, d: theirs("", peft_norms(base(s, d), fp32=True), torch.bfloat16),
+    LORA: lambda s, d: theirs("", peft_lora(base(s, d))),
+    "normtune, padded": lambda s, d: ours("", base(s, d), BATCH, padded),
+    "normtune, one by one": lambda s, d: ours("", base(s, d), 1, padded),
+    OURS: lambda s, d: ours("", base(s, d), BATCH, packed),
+    "normtune, packed, 8-bit gate and up": lambda s, d: ours("", base(s, d), BATCH, packed, activations="8bit"),
+    COMPILED: lambda s, d: ours("", base(s, d), BATCH, packed, compiled=True),
+}
 
 
-def samples(count: int, device: torch.device) -> list[Batch]:
+def batches(shape: Shape, count: int) -> list[list[Sample]]:
     generator = torch.Generator().manual_seed(1)
     found = []
     for _ in range(count):
-        length = int(torch.randint(20, 301, (), generator=generator))
-        ids = torch.randint(3, 900, (1, PATCHES + length), generator=generator)
-        ids[:, :PATCHES] = IMAGE
-        labels = ids.clone()
-        labels[:, : PATCHES + length // 2] = -100
-        pixels = torch.randn(1, 3, PIXELS, PIXELS, generator=generator).bfloat16()
-        one = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
-        found.append({key: value.to(device) for key, value in one.items()})
+        texts = [int(torch.randint(20, 301, (), generator=generator)) for _ in range(BATCH)]
+        found.append([sample(shape, text, text - text // 2, generator, torch.bfloat16) for text in texts])
     return found
 
 
-def padded(batch: Sequence[Batch]) -> Batch:
-    width = max(one["input_ids"].shape[1] for one in batch)
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    joined = {
-        key: torch.cat([nn.functional.pad(one[key], (0, width - one[key].shape[1]), value=value) for one in batch])
-        for key, value in fill.items()
-    }
-    return {**joined, "pixel_values": torch.cat([one["pixel_values"] for one in batch])}
-
-
-def trainable(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
-
-
-def theirs(name: str, model: nn.Module, dtype: torch.dtype | None = None) -> Method:
-    """transformers' own loss on padded batches, as its Trainer runs it; with autocast where gains are fp32."""
-    optimizer = trainable(model)
-
-    def step(batch: Sequence[Batch]) -> None:
-        together = padded(batch)
-        device = together["input_ids"].device.type
-        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
-            loss = model(**together, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Method(name, model, step)
-
-
-def ours(name: str, model: nn.Module, micro: int) -> Method:
-    """normtune's step: micro-batches of `micro` samples, the sum of their losses over the step's supervised tokens."""
-    nt.apply(model, "layernorm-simple")
-    nt.lean(model)
-    optimizer = trainable(model)
-
-    def step(batch: Sequence[Batch]) -> None:
-        supervised = sum(int((one["labels"][:, 1:] != -100).sum()) for one in batch)
-        for start in range(0, len(batch), micro):
-            part = batch[start : start + micro]
-            together = dict(part[0]) if len(part) == 1 else padded(part)
-            (supervised_loss(model, together) / supervised).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Method(name, model, step)
-
-
-def methods(hidden: int, layers: int, vocabulary: int, device: torch.device) -> list[Method]:
-    start = base(hidden, layers, vocabulary).to(device)  # type: ignore[arg-type]
-    names = nt.anatomy(start).norms
-    linears = nt.anatomy(start).linears
-    shipped = get_peft_model(copy.deepcopy(start), LNTuningConfig(target_modules=names))
-    fp32 = get_peft_model(copy.deepcopy(start), LNTuningConfig(target_modules=names))
-    for parameter in fp32.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    lora = get_peft_model(
-        copy.deepcopy(start), LoraConfig(r=64, lora_alpha=128, lora_dropout=0.05, target_modules=linears)
-    )
-    return [
-        theirs("PEFT LNTuning as shipped (bf16 gains)", shipped),
-        theirs("PEFT LNTuning, fp32 gains, autocast", fp32, torch.bfloat16),
-        theirs("PEFT LoRA r 64, dropout .05", lora),
-        ours("normtune layernorm-simple, padded", copy.deepcopy(start), micro=8),
-        ours("normtune layernorm-simple, one by one", copy.deepcopy(start), micro=1),
-    ]
-
-
-def kept_bytes(method: Method, batch: Sequence[Batch]) -> int:
-    """Bytes that autograd keeps at most at a time in a step, parameters and buffers aside."""
-    own = {t.untyped_storage().data_ptr() for t in [*method.model.parameters(), *method.model.buffers()]}
-    live: dict[int, int] = {}
-    most = 0
-
-    def pack(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-        nonlocal most
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            live[storage.data_ptr()] = storage.nbytes()
-            most = max(most, sum(live.values()))
-        return tensor, storage.data_ptr()
-
-    def unpack(packed: tuple[torch.Tensor, int]) -> torch.Tensor:
-        live.pop(packed[1], None)
-        return packed[0]
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        method.step(batch)
-    return most
-
-
-def measure(found: list[Method], batches: list[list[Batch]], device: torch.device) -> dict[str, list[float]]:
-    """Samples/s of each method in each round; the first round warms up and is dropped."""
-    rates: dict[str, list[float]] = {method.name: [] for method in found}
-    for number, batch in enumerate(batches):
-        for method in found if number % 2 else found[::-1]:
-            began = time.perf_counter()
+def saved(name: str, shape: Shape, device: torch.device, batch: Sequence[Sample]) -> dict[str, float]:
+    """Most bytes kept in a step, and the slope per token and block between 4 and 8 blocks, in H units."""
+    sizes = {}
+    for layers in {shape.layers, 4, 8}:
+        method = METHODS[name](replace(shape, layers=layers), device)
+        with kept(method.model) as most:
             method.step(batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                rates[method.name].append(len(batch) / (time.perf_counter() - began))
-    return rates
+        sizes[layers] = most[0]
+    lengths = [one["input_ids"].shape[1] for one in batch]
+    tokens = max(lengths) * len(lengths) if name.startswith("PEFT") or name.endswith("padded") else sum(lengths)
+    if name.endswith("one by one"):
+        tokens = max(lengths)
+    return {"kept_bytes": sizes[shape.layers], "units": (sizes[8] - sizes[4]) / 4 / tokens / (2 * shape.hidden)}
+
+
+def rates(found: dict[str, Method], every: list[list[Sample]], device: torch.device) -> dict[str, list[float]]:
+    """Samples/s of each method in each round; the first two rounds warm up and are dropped."""
+    result: dict[str, list[float]] = {name: [] for name in found}
+    for number, batch in enumerate(every):
+        order = list(found)
+        for name in order if number % 2 else order[::-1]:
+            began = time.perf_counter()
+            found[name].step(batch)
+            synchronize(device)
+            if number >= 2:
+                result[name].append(len(batch) / (time.perf_counter() - began))
+    return result
+
+
+def peak(name: str, shape: Shape, threads: int) -> int:
+    """Bytes by which three steps raise the resident memory over that of the model, in a child process.
+
+    Without the MALLOC variables glibc keeps freed memory and hides a good part of what is used.
+    """
+    options = [f"--{key}={getattr(shape, key)}" for key in ("hidden", "layers", "vocabulary")]
+    command = [sys.executable, "-m", "benchmarks.step", "--peak", name, "--threads", str(threads), *options]
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, **settings}, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(name: str, shape: Shape) -> None:
+    method = METHODS[name](shape, torch.device("cpu"))
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    for batch in batches(shape, 3):
+        method.step(batch)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident)
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    return statistics.quantiles(values, n=4)
+
+
+def measure(shape: Shape, rounds: int, threads: int) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    every = batches(shape, rounds + 2)
+    bytes_of = {name: saved(name, shape, device, every[0]) for name in METHODS}
+    peaks = {name: peak(name, shape, threads) if device.type == "cpu" else None for name in METHODS}
+    speeds = rates({name: make(shape, device) for name, make in METHODS.items()}, every, device)
+    rows: list[dict[str, Any]] = []
+    for name, values in speeds.items():
+        low, middle, high = quartiles(values)
+        speed = {"method": name, "samples_per_second": middle, "quartiles": [low, high]}
+        rows.append(speed | bytes_of[name] | {"peak_resident_bytes": peaks[name]})
+    ratios = {
+        f"{name} to {other}": quartiles([a / b for a, b in zip(speeds[name], speeds[other], strict=True)])
+        for name in (OURS, COMPILED)
+        for other in (SHIPPED, LORA)
+    }
+    about = {"hidden": shape.hidden, "layers": shape.layers, "vocabulary": shape.vocabulary, "device": str(device)}
+    about |= {"threads": threads, "rounds": rounds}
+    return {"shape": about, "rows": rows, "ratios": ratios, "provenance": provenance()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--readme", action="store_true", help="write the README's table, too")
+    parser.add_argument("--table", action="store_true", help="measure nothing: print the table of the stored figures")
+    parser.add_argument("--peak", choices=METHODS, help="only print how far this method raises the resident memory")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    every = samples(8 * (options.rounds + 1), device)
-    batches = [every[start : start + 8] for start in range(0, len(every), 8)]
-    found = methods(options.hidden, options.layers, options.vocabulary, device)
-    for method in found:
-        method.model.train()
-    kept = {method.name: kept_bytes(method, batches[0]) for method in found}
-    rates = measure(found, batches, device)
-    rows: list[dict[str, Any]] = []
-    for name, values in rates.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        rows.append({"method": name, "samples_per_second": middle, "quartiles": [low, high], "kept_bytes": kept[name]})
-    ours_rate, first, lora = (rows[i]["samples_per_second"] for i in (-1, 0, 2))
-    ratios = {"to LNTuning as shipped": ours_rate / first, "to LoRA": ours_rate / lora}
-    shape = {key: getattr(options, key) for key in ("hidden", "layers", "vocabulary", "threads")}
-    shape["device"] = str(device)
-    options.json.parent.mkdir(exist_ok=True, parents=True)
-    record = {"shape": shape, "rows": rows, "ratios": ratios, "provenance": provenance()}
-    options.json.write_text(json.dumps(record, indent=1) + "\n")
-    for row in rows:
+    shape = Shape(options.hidden, options.layers, options.vocabulary)
+    if options.peak:
+        return print_peak(options.peak, shape)
+    target = options.json or RESULTS / f"step-{options.threads}.json"
+    if not options.table:
+        target.parent.mkdir(exist_ok=True, parents=True)
+        target.write_text(json.dumps(measure(shape, options.rounds, options.threads), indent=1) + "\n")
+    shown = table(json.loads(target.read_text()))
+    print(shown)
+    if options.readme:
+        write_table("step", shown)
+
+
+def table(record: dict[str, Any]) -> str:
+    """The rows as a Markdown table, and the ratios."""
+    head = ["method", "samples/s (quartiles)", "H units", "kept MB", "peak MB over the model"]
+    lines = [head, ["---"] * len(head)]
+    for row in record["rows"]:
         low, high = row["quartiles"]
-        print(
-            f"{row['method']:42s} {row['samples_per_second']:7.2f} samples/s ({low:.2f} to {high:.2f})  "
-            f"{row['kept_bytes'] / 1e6:8.1f} MB kept"
+        peak = row["peak_resident_bytes"]
+        lines.append(
+            [
+                row["method"],
+                f"{row['samples_per_second']:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['units']:.2f}",
+                f"{row['kept_bytes'] / 1e6:.0f}",
+                "" if peak is None else f"{peak / 1e6:.0f}",
+            ]
         )
-    print(", ".join(f"{value:.2f} {name}" for name, value in ratios.items()))
+    shape, facts = record["shape"], record["provenance"]
+    ratios = [
+        f"{name} {middle:.2f} ({low:.2f} to {high:.2f})" for name, (low, middle, high) in record["ratios"].items()
+    ]
+    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    return "\n".join(
+        [
+            *(f"| {' | '.join(cells)} |" for cells in lines),
+            "",
+            f"Ratios of samples/s, round by round: {'; '.join(ratios)}.",
+            f"Hidden size {shape['hidden']}, {shape['layers']} blocks, vocabulary {shape['vocabulary']:,}, bf16, "
+            f"{shape['threads']} threads of {facts['processor']}, {shape['rounds']} rounds; {versions}.",
+        ]
+    )
 
 
 if __name__ == "__main__":
