@@ -131,3 +131,77 @@ class Elementwise(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         start, active = again(ctx.act, kept(ctx.saved_tensors))
         return torch.autograd.grad(active, start, grads[0])[0], None, None
+
+
+@torch.library.custom_op("normtune::quantize", mutates_args=())
+def quantize_op(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`quantize` as one node of a graph, and a 1 of x's dtype.
+
+    What a node of unknown kind gives in forward is saved for backward, not made again. A product with the 1 puts the
+    node into forward, which has no other use for it.
+    """
+    values, scale = quantize(x)
+    return values.contiguous(), scale.contiguous(), x.new_ones(())
+
+
+@quantize_op.register_fake
+def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    size = group_size(x.shape[-1])
+    groups = *x.shape[:-1], x.shape[-1] // size
+    return x.new_empty((*groups, size), dtype=torch.int8), x.new_empty((*groups, 1)), x.new_empty(())
+
+
+class Rounded(torch.autograd.Function):
+    """x as its 8-bit copy gives it, and the 1 of `quantize_op`; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        *saved, one = quantize_op(x)
+        ctx.mark_non_differentiable(one)
+        return kept(tuple(saved)), one
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return grads[0]
+
+
+class Instead(torch.autograd.Function):
+    """The value of `value`, the gradient of `path`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grads[0]
+
+
+def in_graph(function: Callable[..., torch.Tensor], eight_bit: bool, *inputs: torch.Tensor) -> torch.Tensor:
+    """function(*inputs) for a compiled graph, whose partitioner chooses what is saved: the least that backward needs.
+
+    With `eight_bit` the gradient is that at the 8-bit copies, so that these are the least.
+    """
+    value = function(*inputs)
+    if not eight_bit:
+        return value
+    copies = []
+    for x in inputs:
+        near, one = Rounded.apply(x)  # type: ignore[no-untyped-call]
+        copies.append(near)
+        value = value * one
+    return Instead.apply(value, function(*copies))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def gated_product(gate: torch.Tensor, up: torch.Tensor, act: Unary, eight_bit: bool) -> torch.Tensor:
+    """act(gate) * up, keeping gate and up, as int8 if `eight_bit`."""
+    if torch.compiler.is_compiling():
+        return in_graph(lambda gate, up: act(gate) * up, eight_bit, gate, up)
+    return GatedProduct.apply(gate, up, act, eight_bit)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def elementwise(x: torch.Tensor, act: Unary, eight_bit: bool) -> torch.Tensor:
+    """act(x), keeping x, as int8 if `eight_bit`."""
+    if torch.compiler.is_compiling():
+        return in_graph(act, eight_bit, x)
+    return Elementwise.apply(x, act, eight_bit)  # type: ignore[no-any-return,no-untyped-call]

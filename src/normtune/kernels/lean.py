@@ -98,7 +98,7 @@ def norm_forward(
     module: nn.Module, before: Forward | None, centred: bool, offset: float, eps: float, x: torch.Tensor, *rest: Any
 ) -> torch.Tensor:
     own = functools.partial(call, module, before)
-    if rest:  # a gate, which the formula does not know
+    if rest or torch.compiler.is_compiling():  # a gate, which the formula does not know; a graph (see compiling.py)
         return own(x, *rest)  # type: ignore[no-any-return]
     gain, *rest_of = module.parameters(recurse=False)
     bias = rest_of[0] if rest_of else None

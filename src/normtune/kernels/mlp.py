@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normtune.kernels.functions import Elementwise, GatedProduct, Unary
+from normtune.kernels.functions import Unary, elementwise, gated_product
 from normtune.layers import features, is_linear
 
 HIDDEN, INNER = 6, 10  # sizes of the twin's layers
@@ -127,13 +127,13 @@ def mlp_forward(module: nn.Module, mlp: MLP, x: torch.Tensor, eight_bit: bool = 
     act: Unary = FUNCTIONS[mlp.act] if mlp.act in FUNCTIONS else getattr(module, mlp.act)
     up = getattr(module, mlp.up)(x)
     if mlp.kind == "plain":
-        inner = Elementwise.apply(up, act, eight_bit)
+        inner = elementwise(up, act, eight_bit)
     else:
         if mlp.kind == "fused":
             first, second = up.chunk(2, dim=-1)
             gate, up = (first, second) if mlp.gate_first else (second, first)
         else:
             gate = getattr(module, mlp.gate)(x)
-        inner = GatedProduct.apply(gate, up, act, eight_bit)
+        inner = gated_product(gate, up, act, eight_bit)
     out = getattr(module, mlp.down)(inner)
     return getattr(module, mlp.dropout)(out) if mlp.dropout else out  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""`lean(model)`: the leanest backward for the model at hand; `restore(model)`: its own forward again."""
+"""`lean(model)`: the leanest backward for the model at hand; `compile_blocks(model)`; `restore(model)`: as it was."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from normtune import kernels
 from normtune.errors import InputError
 from normtune.kernels import Swaps
+from normtune.kernels.compiling import compile_each, no_compiler, uncompile
 from normtune.layers import unwrapped
 from normtune.strategy.state import swap_forwards, tuning
 
@@ -38,7 +39,32 @@ def lean(model: nn.Module, activations: Literal["exact", "8bit"] = "exact") -> S
     return swap_forwards(model, state)
 
 
+def compile_blocks(model: nn.Module, dynamic: bool = True) -> str | None:
+    """Compiles each block of the LLM at its first forward that trains; blocks that are alike share their graphs.
+
+    Call it after `apply` and `lean`. Generation, evaluation and forwards with a cache (`use_cache`, transformers'
+    default) run the blocks as they are. Where a block cannot be compiled after all, all of them run as they are and
+    there is one RuntimeWarning.
+
+    Args:
+        dynamic: one graph for all lengths; otherwise each new length is compiled anew.
+
+    Returns:
+        None; or, where nothing can be compiled here, a line that says why, and the model stays as it is.
+    """
+    model = unwrapped(model)
+    blocks = [model.get_submodule(name) for name in tuning(model).anatomy.blocks]
+    why = no_compiler(next(blocks[0].parameters()).device)
+    if why is not None:
+        return f"compile: the blocks run without it: {why}"
+    compile_each(blocks, dynamic)
+    return None
+
+
 def restore(model: nn.Module) -> None:
-    """Takes back what `lean` did."""
+    """Takes back what `lean` and `compile_blocks` did."""
+    model = unwrapped(model)
     tuning(model).lean = None
     kernels.restore(model)
+    for module in model.modules():
+        uncompile(module)
