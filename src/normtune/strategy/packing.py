@@ -26,9 +26,11 @@ COARSE = 0.03
 PACK_LENGTH = {"cpu": 2048, "cuda": 8192}
 """Tokens of a packed row by device, for those where packing was found to be faster than padding.
 
-cpu: measured, samples of 164 to 450 tokens, hidden size 512, 8 blocks, bf16, one thread, time of a step against samples
-one by one: rows of 512 tokens 0.96, of 1,024 0.92, of 2,048 0.87; padded in groups of 2 and 4 of about one length 0.97,
-of 4 in any order 1.05 (docs/LOG.md). cuda: not measured; kernels without padding, and rows as long as matmuls need.
+cpu: CPU time of a step against samples one by one; samples of 164 to 450 tokens, hidden size 512, 8 blocks, one thread,
+other work beside it (some 5 % either way). bf16: rows of 512 tokens 0.96, of 1,024 0.92, of 2,048 0.87, but 1.8 with
+the mask of the whole row; padded in groups of 2 and 4 of about one length 0.97, of 4 in any order 1.05. fp32: 1,024
+tokens 0.94, 2,048 0.91, groups of 4 1.19 (docs/LOG.md). cuda: not measured; its kernels skip what is not needed, and
+8,192 rows are what fills the matmuls.
 """
 
 
