@@ -31,7 +31,10 @@ DECODED = 16  # images that are open at a time
 class Features(Protocol):
     """What stands in for the vision encoder: features of images by path, computed earlier."""
 
-    tokens: int  # of an image
+    @property
+    def tokens(self) -> int:
+        """Of an image in the prompt."""
+        ...
 
     def lookup(self, paths: Sequence[Path]) -> torch.Tensor:
         """(U, P, D): P patches of width D."""
