@@ -18,12 +18,12 @@ from transformers import LlavaForConditionalGeneration as Llava
 from normtune.cli import main
 from normtune.errors import InputError
 from normtune.flops import causal_pairs, count_flops, peak_rate
-from normtune.memory import Job, Shape, parse_memory, plan_recipe, plan_step
+from normtune.memory import Job, Shape, parse_memory, plan_recipe, plan_step, shape_of
 from normtune.memory.ledger import Ledger
 from normtune.memory.planning import total
 from normtune.memory.quantized import int8_bytes, nf4_bytes
 from normtune.recipe import Recipe, Stage
-from normtune.step import make_optimizer, supervised_loss
+from normtune.step import MICRO_BATCH, make_optimizer, supervised_loss
 from normtune.strategy import apply, lean
 
 IMAGE, PATCHES, B, S, SUPERVISED = 499, 16, 2, 64, 10
@@ -301,7 +301,7 @@ def test_a_recipe_is_planned_by_its_own_stages(configs: Path, capsys: pytest.Cap
     recipe = {
         "model": {"llm": "llm", "vision": "vision", "dtype": "nf4"},
         "stages": [
-            {"name": "align", "strategy": "connector", "data": source, "learning_rate": 1e-3, "max_length": 40},
+            {"name": "align", "strategy": "connector", "data": source, "learning_rate": 1e-3, "max_length": 512},
             {
                 **{"name": "instruct", "strategy": ["norms", "lora"], "data": source, "learning_rate": 1e-3},
                 **{"max_length": 64, "micro_batch_size": 3, "lora": {"rank": 4}},
@@ -311,10 +311,21 @@ def test_a_recipe_is_planned_by_its_own_stages(configs: Path, capsys: pytest.Cap
     Path("recipe.yaml").write_text(json.dumps(recipe))  # YAML, too
     assert run("plan", "recipe.yaml", "--json") == 0
     align, instruct = json.loads(capsys.readouterr().out)["plans"]
-    assert (align["stage"], align["length"], align["batch"], align["micro_batches"]) == ("align", 40, 16, 2)
+    # by default a GPU packs rows of 8,192 tokens, a batch of 128 samples fills some
+    assert (align["stage"], align["length"], align["batch"], align["micro_batches"]) == ("align", 512, 16, 2)
     assert (instruct["batch"], instruct["lora_rank"], instruct["dtype"]) == (3, 4, "nf4")
     direct = plan_recipe(Recipe.model_validate(recipe))
     assert [p.peak_bytes for p in direct] == [align["peak_bytes"], instruct["peak_bytes"]]
+
+
+def test_the_largest_micro_batch_of_a_stage() -> None:
+    def samples_in(device: str = "auto", **options: Any) -> tuple[int, int]:
+        shape = shape_of(stage("full", max_length=512, **options), device)
+        return shape.batch, shape.micro_batches
+
+    assert samples_in() == (8192 // 512, 2) and samples_in("cpu") == (2048 // 512, 2)
+    assert samples_in(micro_batch_size=3) == (3, 2) and samples_in(batch_size=4) == (4, 1)
+    assert samples_in(packing=False) == (MICRO_BATCH, 2) == samples_in("mps")
 
 
 @pytest.mark.parametrize(

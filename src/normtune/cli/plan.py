@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from normtune.recipe import Recipe
 
 COMPARED = "full,lora,layernorm,layernorm-simple"
+ALONE = "plan"  # the stage of a strategy that is planned without a recipe
 
 
 def plan(
@@ -83,11 +84,16 @@ class Asked:
         return self.strategies == "all"
 
     def names(self, default: str) -> list[str | list[str]]:
+        """What is asked for, or the `default`, parts joined by + as lists; raises InputError for unknown names."""
         from normtune.recipe.schema import PARTS, STRATEGIES
+        from normtune.strategy import resolve
 
         text = self.strategies or default
         wanted = list(STRATEGIES) if text == "all" else [name.strip() for name in text.split(",")]
-        return [n if n in STRATEGIES or (n not in PARTS and "+" not in n) else n.split("+") for n in wanted]
+        found = [n if n in STRATEGIES or (n not in PARTS and "+" not in n) else n.split("+") for n in wanted]
+        for name in found:
+            resolve(name)
+        return found
 
 
 def model_of(
@@ -118,12 +124,13 @@ def jobs_of(recipe: Recipe | None, build: Callable[[], nn.Module], asked: Asked)
         last = recipe.stages[-1]
         stages = list(recipe.stages)
         if asked.strategies is not None:
-            stages = [last.model_copy(update={"strategy": s, "learning_rates": {}}) for s in asked.names("")]
-        shapes = [replace(shape_of(stage), **asked.shape) for stage in stages]
+            plain: dict[str, Any] = {"learning_rates": {}, "weight_decays": {}}  # of parts that others do not train
+            stages = [last.model_copy(update={"strategy": s, **plain}) for s in asked.names("")]
+        shapes = [replace(shape_of(stage, recipe.device), **asked.shape) for stage in stages]
     else:
         dtype = asked.dtype or "bfloat16"
         source = DataSource(path="none")
-        stages = [Stage(name="plan", strategy=s, data=[source], learning_rate=1e-3) for s in asked.names(COMPARED)]
+        stages = [Stage(name=ALONE, strategy=s, data=[source], learning_rate=1e-3) for s in asked.names(COMPARED)]
         shapes = [replace(Shape(), **asked.shape)] * len(stages)
     if asked.rank is not None:
         lora = Lora(rank=asked.rank, alpha=2.0 * asked.rank)
@@ -171,9 +178,9 @@ def print_plans(rows: list[dict[str, Any]], parts: dict[str, int], refused: dict
     from normtune.cli.output import human_bytes, print_table
     from normtune.memory import USABLE
 
+    shapes = dict.fromkeys(f"{row['batch']} x {row['length']} tokens" for row in rows)
     if rows:
-        shape = f"{rows[0]['batch']} x {rows[0]['length']} tokens"
-        print_table(*table(rows), f"a micro-batch of {shape} on a base in {rows[0]['dtype']}")
+        print_table(*table(rows), f"a micro-batch of {', then '.join(shapes)} on a base in {rows[0]['dtype']}")
     for row in rows:
         kept = ", ".join(f"{kind} {human_bytes(size)}" for kind, size in row["by_cause"]["activations"].items() if size)
         print(f"{label(row)} keeps for backward at its peak: {kept or 'nothing'}")
@@ -192,7 +199,8 @@ def print_totals(parts: dict[str, int], refused: dict[str, str]) -> None:
 
 
 def label(row: dict[str, Any]) -> str:
-    return row["strategy"] if row["lora_rank"] is None else f"{row['strategy']} (r = {row['lora_rank']})"
+    name = row["strategy"] if row["lora_rank"] is None else f"{row['strategy']} (r = {row['lora_rank']})"
+    return name if row["stage"] == ALONE else f"{row['stage']}: {name}"
 
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

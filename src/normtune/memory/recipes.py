@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from normtune.errors import InputError
 from normtune.memory.planning import Plan, Shape, largest_batch, plan_step
 from normtune.step import MICRO_BATCH
+from normtune.strategy import pack_length, prefers_packing
 
 if TYPE_CHECKING:
     from normtune.recipe import Recipe, Stage
@@ -38,11 +40,19 @@ class Job:
         return largest_batch(self.plan, int(USABLE * memory))
 
 
-def shape_of(stage: Stage) -> Shape:
-    """The largest micro-batch that a stage may run: every sample of `max_length` tokens."""
-    size = stage.micro_batch_size or min(stage.batch_size, MICRO_BATCH)
+def shape_of(stage: Stage, device: str = "auto") -> Shape:
+    """The largest micro-batch that a stage may run: every sample of `max_length` tokens, as many as a packed row takes.
+
+    Args:
+        device: of the recipe; `auto` is planned as a GPU.
+    """
+    kind = torch.device("cuda" if device == "auto" else device)
+    size = stage.micro_batch_size or MICRO_BATCH
+    if stage.packing is True or (stage.packing == "auto" and prefers_packing(kind)):
+        size = min(stage.micro_batch_size or stage.batch_size, max(1, pack_length(kind) // stage.max_length))
+    size = min(size, stage.batch_size)
     supervised = min(SUPERVISED, stage.max_length // 2)
-    return Shape(min(size, stage.batch_size), stage.max_length, supervised, 2 if stage.batch_size > size else 1)
+    return Shape(size, stage.max_length, supervised, 2 if stage.batch_size > size else 1)
 
 
 def plan_recipe(recipe: Recipe) -> list[Plan]:
@@ -56,7 +66,7 @@ def plan_recipe(recipe: Recipe) -> list[Plan]:
     def build() -> nn.Module:
         return assembled_skeleton(recipe.model)
 
-    return [Job(build, stage, shape_of(stage), recipe.model.dtype).plan() for stage in recipe.stages]
+    return [Job(build, stage, shape_of(stage, recipe.device), recipe.model.dtype).plan() for stage in recipe.stages]
 
 
 def parse_memory(text: str) -> float:
