@@ -32,17 +32,17 @@ def pairs(subtask: str, count: int) -> list[Item]:
 
 def test_sums() -> None:
     items = pairs("existence", 2) + pairs("OCR", 1) + pairs("code_reasoning", 1)
-    found = mme.score(items, ["yes", "no", "yes", "yes", "yes", "no", "y", "no"])
-    existence = found["subtasks"]["existence"]
-    assert (existence["acc"], existence["acc+"], existence["score"]) == (0.75, 0.5, 125.0)
-    assert found["subtasks"]["code_reasoning"] == {"acc": 0.5, "acc+": 0.0, "score": 50.0, "other": 1, "n": 2}
+    found = TASKS["mme"].score(items, ["yes", "no", "yes", "yes", "yes", "no", "y", "no"])
+    assert found["subtasks"] == {"existence": 125.0, "OCR": 200.0, "code_reasoning": 50.0}
+    assert found["details"]["existence"] == {"acc": 0.75, "acc+": 0.5, "other": 0, "n": 4}
+    assert found["details"]["code_reasoning"] == {"acc": 0.5, "acc+": 0.0, "other": 1, "n": 2}
     assert found["perception"] == 125.0 + 200.0 and found["cognition"] == 50.0
     assert found["other"] == 1 and found["score"] == pytest.approx(6 / 8)
 
 
 def test_full_marks() -> None:
     items = [item for subtask in mme.PERCEPTION + mme.COGNITION for item in pairs(subtask, 2)]
-    found = mme.score(items, [item.answer for item in items])
+    found = TASKS["mme"].score(items, [item.answer for item in items])
     assert (found["perception"], found["cognition"], found["score"]) == (2000.0, 800.0, 1.0)
 
 
@@ -50,18 +50,18 @@ def test_pairs_are_found_by_image_whatever_the_order() -> None:
     items = pairs("count", 2)
     answers = ["yes", "no", "no", "yes"]
     order = [0, 2, 1, 3]
-    mixed = mme.score([items[i] for i in order], [answers[i] for i in order])
-    assert mixed == mme.score(items, answers) and mixed["subtasks"]["count"]["acc+"] == 0.5
+    mixed = TASKS["mme"].score([items[i] for i in order], [answers[i] for i in order])
+    assert mixed == TASKS["mme"].score(items, answers) and mixed["details"]["count"]["acc+"] == 0.5
 
 
 def test_all_answers_unreadable() -> None:
-    found = mme.score(pairs("count", 1), ["?", "?"])
+    found = TASKS["mme"].score(pairs("count", 1), ["?", "?"])
     assert found["score"] == 0.0 and found["other"] == 2
 
 
 def test_half_a_pair() -> None:
     with pytest.raises(InputError, match=r"image 'count/1\.jpg': 1 answered"):
-        mme.score(pairs("count", 2)[:3], ["yes", "no", "yes"])
+        TASKS["mme"].score(pairs("count", 2)[:3], ["yes", "no", "yes"])
 
 
 def write(data: Path, subtask: str, name: str, text: str, *, split: bool = False, suffix: str = ".jpg") -> Path:

@@ -30,7 +30,7 @@ def items(split: str, labels: str) -> list[Item]:
 
 
 def test_metrics_of_a_split() -> None:
-    found = pope.score(items("random", "yyynnn"), ["yes", "yes", "no", "yes", "no", "no"])
+    found = TASKS["pope"].score(items("random", "yyynnn"), ["yes", "yes", "no", "yes", "no", "no"])
     split = found["splits"]["random"]
     assert split["accuracy"] == pytest.approx(4 / 6)
     assert split["precision"] == split["recall"] == split["f1"] == pytest.approx(2 / 3)
@@ -39,28 +39,28 @@ def test_metrics_of_a_split() -> None:
 
 
 def test_yes_ratio_counts_predictions_not_labels() -> None:
-    assert pope.score(items("random", "yn"), ["yes", "yes"])["splits"]["random"]["yes_ratio"] == 1.0
+    assert TASKS["pope"].score(items("random", "yn"), ["yes", "yes"])["splits"]["random"]["yes_ratio"] == 1.0
 
 
 def test_headline_is_the_mean_over_splits_not_the_pool() -> None:
-    found = pope.score(items("random", "yyyy") + items("popular", "nn"), ["yes"] * 6)
+    found = TASKS["pope"].score(items("random", "yyyy") + items("popular", "nn"), ["yes"] * 6)
     assert found["score"] == pytest.approx((1.0 + 0.0) / 2)
     assert found["f1"] == pytest.approx((1.0 + 0.0) / 2)
 
 
 @pytest.mark.parametrize("labels, answer", [("yn", "no"), ("nn", "no"), ("nn", "yes")])
 def test_no_division_by_zero(labels: str, answer: str) -> None:
-    split = pope.score(items("random", labels), [answer] * 2)["splits"]["random"]
+    split = TASKS["pope"].score(items("random", labels), [answer] * 2)["splits"]["random"]
     assert split["f1"] == 0.0 and (split["precision"] == 0.0 or split["recall"] == 0.0)
 
 
 def test_nothing_to_score() -> None:
-    assert pope.score([], [])["score"] == 0.0
+    assert TASKS["pope"].score([], [])["score"] == 0.0
 
 
 def test_a_missing_answer_is_an_error_and_not_a_shorter_file() -> None:
     with pytest.raises(InputError, match="1 answers for 2 items"):
-        pope.score(items("random", "yn"), ["yes"])
+        TASKS["pope"].score(items("random", "yn"), ["yes"])
 
 
 def write(data: Path, split: str, records: list[dict[str, object]]) -> Path:

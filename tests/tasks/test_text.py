@@ -22,11 +22,11 @@ from normtune.tasks import TASKS, Item, text
     ],
 )
 def test_match(answer: str, truth: str, right: bool) -> None:
-    assert text.score([Item("1", None, "?", truth)], [answer])["score"] == float(right)
+    assert TASKS["text"].score([Item("1", None, "?", truth)], [answer])["score"] == float(right)
 
 
 def test_nothing_to_score() -> None:
-    assert text.score([], [])["score"] == 0.0
+    assert TASKS["text"].score([], [])["score"] == 0.0
 
 
 def write(data: Path, content: str) -> None:

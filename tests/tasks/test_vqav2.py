@@ -111,16 +111,16 @@ def test_score_in_percent() -> None:
         item("2", humans(*["red"] * 2, *["blue"] * 8)),
         item("3", humans(*["red"] * 2, *["blue"] * 8)),
     ]
-    found = vqav2.score(items, ["yes", "red", "green"])
+    found = TASKS["vqav2"].score(items, ["yes", "red", "green"])
     assert found["overall"] == 53.33 and found["score"] == pytest.approx(0.5333)
     assert found["per_answer_type"] == {"other": 30.0, "yes/no": 100.0}
     assert found["per_question_type"] == {"is the": 100.0, "what is": 30.0}
-    assert found["rules"] == "official" and vqav2.score([], [])["score"] == 0.0
+    assert found["rules"] == "official" and TASKS["vqav2"].score([], [])["score"] == 0.0
 
 
 def test_scoring_leaves_the_items_alone() -> None:
     answers = humans("The A", "b")
-    vqav2.score([item("1", answers)], ["a"])
+    TASKS["vqav2"].score([item("1", answers)], ["a"])
     assert answers == humans("The A", "b")
 
 

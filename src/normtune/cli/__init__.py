@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import normtune
-from normtune.cli import chat, demo, evaluate, export, init, norms, plan, train
+from normtune.cli import chat, demo, evaluate, export, init, norms, plan, score, train
 from normtune.errors import NormtuneError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("demo")(demo.demo)
 app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("score")(score.score)
 app.command("norms")(norms.norms)
 app.command("plan")(plan.plan)
 app.command("chat")(chat.chat)

@@ -8,16 +8,28 @@ leaves the length of an answer open, `max_new_tokens` is that of LLaVA or lmms-e
 
 from __future__ import annotations
 
-from normtune.tasks import captions, mme, pope, text, vqav2
-from normtune.tasks.items import Item, Task
+from normtune.tasks import captions, mme, pope, pope_predictions, text, vqav2
+from normtune.tasks.bootstrap import Statistics, difference, intervals
+from normtune.tasks.items import RULES, Item, Joined, Measured, Rules, Task
 
 TASKS: dict[str, Task] = {
-    "pope": Task(pope.load, pope.score, max_new_tokens=128),
-    "mme": Task(mme.load, mme.score, max_new_tokens=16),
-    "vqav2": Task(vqav2.load, vqav2.score, max_new_tokens=16, truth=vqav2.truth),
-    "coco": Task(captions.load_coco, captions.score, max_new_tokens=64),
-    "flickr30k": Task(captions.load_flickr30k, captions.score, max_new_tokens=64),
-    "text": Task(text.load, text.score, max_new_tokens=16),
+    "pope": Task(pope.load, pope.measure, max_new_tokens=128, join=pope_predictions.join),
+    "mme": Task(mme.load, mme.measure, max_new_tokens=16, join=mme.join),
+    "vqav2": Task(vqav2.load, vqav2.measure, max_new_tokens=16, truth=vqav2.truth, join=vqav2.join),
+    "coco": Task(captions.load_coco, captions.measure, max_new_tokens=64, join=captions.join),
+    "flickr30k": Task(captions.load_flickr30k, captions.measure, max_new_tokens=64, join=captions.join),
+    "text": Task(text.load, text.measure, max_new_tokens=16),
 }
 
-__all__ = ["TASKS", "Item", "Task"]
+__all__ = [
+    "RULES",
+    "TASKS",
+    "Item",
+    "Joined",
+    "Measured",
+    "Rules",
+    "Statistics",
+    "Task",
+    "difference",
+    "intervals",
+]

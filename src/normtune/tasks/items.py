@@ -1,18 +1,21 @@
-"""What the benchmarks share: an item, a task, and readers of official files that name what is wrong in them.
+"""What the benchmarks share: an item, a task, its measurement, and predictions joined to items.
 
-Scope: plain records and JSON. Not here: images (they are opened when a model is asked) and any one
+Scope: plain records. Not here: reading files (`files`), images (they are opened when a model is asked) and any one
 benchmark's rules.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from normtune.errors import InputError
+from normtune.errors import InputError, did_you_mean
+from normtune.tasks.bootstrap import Statistics, intervals
+
+Rules = Literal["official", "lmms-eval"]
+RULES: tuple[Rules, ...] = ("official", "lmms-eval")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,33 @@ class Item:
     answer: Any
     group: str = ""
 
+    @property
+    def unit(self) -> str:
+        """What is resampled as one: the image, or the item where there is none."""
+        return self.id if self.image is None else str(self.image)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures for JSON, with the headline (0 to 1) under `score`, and the sums that they come from."""
+
+    scores: dict[str, Any]
+    statistics: Statistics
+
+    def with_intervals(self, seed: int = 0) -> dict[str, Any]:
+        """The figures and, under `intervals`, the 95 % bootstrap interval of each."""
+        return {**self.scores, "intervals": intervals(self.statistics, seed=seed)}
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Predictions of a file with the items that they answer. `absent` items had none; `join` says what was compared."""
+
+    items: list[Item]
+    answers: list[str]
+    absent: int
+    join: str
+
 
 def _answer_of(item: Item) -> Any:
     return item.answer
@@ -33,24 +63,35 @@ def _answer_of(item: Item) -> Any:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark. `load(data)` reads the official files below the folder `data`; `score(items, answers)`
-    returns figures for JSON with the headline, 0 to 1, under `score`; `truth(item)` is what a reader of the
-    predictions is shown as the reference."""
+    """A benchmark. `load(data, split=None)` reads the files below the folder `data`; `measure(items, answers, rules)`
+    scores; `truth(item)` is what a reader of the predictions is shown as the reference. `join(predictions,
+    annotations, split, allow_missing)` reads prediction files in the official format; None where there is none."""
 
-    load: Callable[[Path], list[Item]]
-    score: Callable[[Sequence[Item], Sequence[str]], dict[str, Any]]
+    load: Callable[..., list[Item]]
+    measure: Callable[..., Measured]
     max_new_tokens: int
     truth: Callable[[Item], Any] = _answer_of
+    join: Callable[[Sequence[Path], Sequence[Path], str | None, bool], Joined] | None = None
+
+    def score(self, items: Sequence[Item], answers: Sequence[str], rules: Rules = "official") -> dict[str, Any]:
+        """The figures of `measure`. InputError for unknown rules, or when answers and items differ in number."""
+        return self.measure(items, answers, rules).scores
 
 
 def ratio(part: float, whole: float) -> float:
-    """`part / whole`, and 0.0 where `whole` is 0: the official programs divide by zero there."""
+    """`part / whole`, and 0.0 where `whole` is 0."""
     return part / whole if whole else 0.0
 
 
 def mean(values: Sequence[float]) -> float:
     """The mean, and 0.0 of nothing."""
     return ratio(sum(values), len(values))
+
+
+def check_rules(rules: str) -> None:
+    """InputError unless `rules` is a name in RULES."""
+    if rules not in RULES:
+        raise InputError(f"rules '{rules}' are unknown{did_you_mean(rules, RULES)}.\nThere are {', '.join(RULES)}.")
 
 
 def paired(items: Sequence[Item], answers: Sequence[str]) -> Iterator[tuple[Item, str]]:
@@ -63,76 +104,50 @@ def paired(items: Sequence[Item], answers: Sequence[str]) -> Iterator[tuple[Item
     return zip(items, answers, strict=True)
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of `path`; InputError when it is missing or not text."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file.\nPut the benchmark's official file there.") from None
-    except UnicodeDecodeError as error:
+def chosen(items: list[Item], split: str | None, where: Path) -> list[Item]:
+    """The items whose group is `split`, all of them without one; InputError, with the splits there are, for none."""
+    if split is None:
+        return items
+    found = [item for item in items if item.group == split]
+    if not found:
+        raise no_split(split, [item.group for item in items], where)
+    return found
+
+
+def no_split(split: str, known: Sequence[str], where: Path) -> InputError:
+    """The error for a split that is not there."""
+    names = list(dict.fromkeys(known))
+    return InputError(f"{where}: no split '{split}'{did_you_mean(split, names)}.\nThere are {', '.join(names)}.")
+
+
+def joined(
+    items: Sequence[Item],
+    given: Mapping[Any, str],
+    keys: Sequence[Any],
+    predictions: Path,
+    *,
+    by: str,
+    allow_missing: bool,
+) -> Joined:
+    """Items with the prediction under each one's key, in the items' order.
+
+    InputError for a prediction that belongs to no item and, unless `allow_missing`, for an item without one."""
+    known = set(keys)
+    extra = [key for key in given if key not in known]
+    if extra:
         raise InputError(
-            f"{path}: not UTF-8 text (byte {error.start}).\nDownload the file again or re-encode it as UTF-8."
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}.\nCheck its kind and permissions.") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; InputError with line and column when it is not one."""
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise _not_json(path, error.lineno, error.colno, error.msg) from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not an object.\nUse the official file, unchanged.")
-    return content
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every non-empty line's object with its place, "FILE, line N"; InputError when a line is not an object."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _not_json(path, number, error.colno, error.msg) from None
-        if not isinstance(record, dict):
-            raise InputError(f"{path}, line {number}: not a JSON object.\nThe file is JSON Lines: one object per line.")
-        yield f"{path}, line {number}", record
-
-
-def field(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """`record[name]`, checked to be of `kind`; InputError that says `where` the field is missing or wrong."""
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: a {type(record).__name__} where an object should be.\nUse the official file.")
-    if name not in record:
-        raise InputError(
-            f"{where}: field '{name}' is missing.\nAdd it, or use the benchmark's official file unchanged."
+            f"{predictions}: {by} {extra[0]!r} is not in the annotations ({len(extra)} such predictions).\n"
+            "Give the annotations that belong to these predictions."
         )
-    value = record[name]
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        wanted = " or ".join(k.__name__ for k in kinds)
+    kept = [(item, given[key]) for item, key in zip(items, keys, strict=True) if key in given]
+    absent = [key for key in keys if key not in given]
+    if absent and not allow_missing:
         raise InputError(
-            f"{where}: field '{name}' is {value!r:.60}, not {wanted}.\nCorrect it, or use the official file."
+            f"{predictions}: no prediction for {by} {absent[0]!r} ({len(absent)} of {len(keys)} are missing).\n"
+            "Complete the file, or score what is there with --allow-missing."
         )
-    return value
-
-
-def unique(items: list[Item], path: Path) -> list[Item]:
-    """`items`, if no id occurs twice and there is one at all; InputError otherwise."""
-    if not items:
-        raise InputError(f"{path}: holds no item.\nUse the benchmark's official file.")
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise InputError(f"{path}: id '{item.id}' occurs twice.\nRemove one of the two entries.")
-        seen.add(item.id)
-    return items
-
-
-def _not_json(path: Path, line: int, column: int, message: str) -> InputError:
-    return InputError(
-        f"{path}, line {line}, column {column}: not JSON ({message}).\nRepair the line or download the file again."
-    )
+    if not kept:
+        raise InputError(
+            f"{predictions}: holds no prediction.\nGive the file that the model's answers were written to."
+        )
+    return Joined([item for item, _ in kept], [answer for _, answer in kept], len(absent), by)

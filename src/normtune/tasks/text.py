@@ -9,13 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from normtune.tasks.items import Item, field, mean, paired, read_json_lines, unique
+import numpy as np
+
+from normtune.errors import InputError
+from normtune.tasks.bootstrap import Statistics, share
+from normtune.tasks.files import field, read_json_lines, unique
+from normtune.tasks.items import Item, Measured, Rules, paired
 
 
-def load(data: Path) -> list[Item]:
-    """The questions of `text/questions.jsonl`, without images. InputError for a missing file or a bad line."""
+def load(data: Path, split: str | None = None) -> list[Item]:
+    """The questions of `text/questions.jsonl`, without images. InputError for a missing file, a bad line or a split."""
+    if split is not None:
+        raise InputError(f"text: no split '{split}'.\nThe text questions have none.")
     path = data / "text" / "questions.jsonl"
     items = [
         Item(
@@ -35,8 +41,13 @@ def normalize(text: str) -> str:
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
-def score(items: Sequence[Item], answers: Sequence[str]) -> dict[str, Any]:
-    """The headline `score`, 0 to 1, is the share of answers equal to the truth after normalization. Nothing to
-    score gives 0.0."""
-    right = [normalize(answer) == normalize(item.answer) for item, answer in paired(items, answers)]
-    return {"score": mean(right), "rules": "exact match"}
+def measure(items: Sequence[Item], answers: Sequence[str], rules: Rules = "official") -> Measured:
+    """The headline `score`, 0 to 1, is the share of answers equal to the truth after normalization, whatever the
+    rules. Nothing to score gives 0.0."""
+    right = [[normalize(answer) == normalize(item.answer), 1] for item, answer in paired(items, answers)]
+
+    def figures(totals: np.ndarray) -> dict[str, np.ndarray]:
+        return {"score": share(totals[:, 0], totals[:, 1])}
+
+    statistics = Statistics.gather([item.unit for item in items], [""] * len(right), right, 2, figures)
+    return Measured({**statistics.totals(), "rules": "exact match"}, statistics)
