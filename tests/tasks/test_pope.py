@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import official
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.tasks import TASKS, Item, pope
+from normtune.tasks import TASKS, Item, Joined, pope, pope_predictions
 
 NO = ["no", "No", "not", "not sure", "no. There is", "There is no dog", "No, there is not", "no,", "I see , no"]
 YES = ["NO", "no!", "no\n", "\tno", "none", "isn't", "cannot", "**No**", '"No"', "", "Yes. No, wait", "1. No", "nope"]
@@ -115,3 +118,236 @@ def test_not_text(tmp_path: Path) -> None:
     write(tmp_path, "random", []).write_bytes(b"\xff\xfe{")
     with pytest.raises(InputError, match="not UTF-8"):
         pope.load(tmp_path)
+
+
+# ---- both rules against the programs -----------------------------------------------------------------------
+
+ANSWER = st.sampled_from([*NO, *YES, "yes", "Yes", "YES ", " no ", "No.", "y", "n", "maybe", "Yes, there is no doubt."])
+ASKED = st.lists(st.tuples(ANSWER, st.sampled_from(["yes", "no"])), min_size=1, max_size=30)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ASKED)
+def test_equals_the_official_program(asked: list[tuple[str, str]]) -> None:
+    answers, labels = [a for a, _ in asked], [b for _, b in asked]
+    found = pope.measure(items("random", "".join(label[0] for label in labels)), answers).scores["splits"]["random"]
+    try:
+        assert {key: found[key] for key in METRICS} == pytest.approx(official.pope(answers, labels), abs=1e-12)
+    except ZeroDivisionError:  # where the official program stops, F1 is 0
+        assert found["f1"] == 0.0
+    assert found["other"] == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(ASKED)
+def test_equals_lmms_eval(asked: list[tuple[str, str]]) -> None:
+    answers, labels = [a for a, _ in asked], [b for _, b in asked]
+    found = pope.measure(items("random", "".join(label[0] for label in labels)), answers, "lmms-eval").scores
+    expected = official.pope_lmms(answers, labels)
+    assert {key: found["pooled"][key] for key in METRICS} == pytest.approx(expected, abs=1e-12)
+    assert found["score"] == pytest.approx(expected["accuracy"]) and found["rules"] == "lmms-eval"
+    neither = sum(a.lower().strip() not in ("yes", "no") for a in answers)
+    assert found["splits"]["random"]["other"] == neither
+
+
+METRICS = ["accuracy", "precision", "recall", "f1", "yes_ratio"]
+
+
+def test_lmms_eval_pools_the_splits() -> None:
+    asked = items("random", "yyyy") + items("popular", "nn")
+    found = pope.measure(asked, ["yes"] * 6, "lmms-eval").scores
+    assert found["score"] == found["pooled"]["accuracy"] == pytest.approx(4 / 6)
+    assert found["pooled"]["yes_ratio"] == pytest.approx(4 / 6)  # of the labels, whatever was answered
+    assert found["mean_f1"] == pytest.approx(0.5)
+
+
+def test_unknown_rules() -> None:
+    with pytest.raises(InputError, match=r"rules 'lmms' are unknown \(did you mean 'lmms-eval'"):
+        TASKS["pope"].score([], [], "lmms")  # type: ignore[arg-type]
+
+
+# ---- other layouts -----------------------------------------------------------------------------------------
+
+
+def test_load_one_split(tmp_path: Path) -> None:
+    write(tmp_path, "random", [record(1)])
+    write(tmp_path, "popular", [record(1)])
+    assert [item.group for item in pope.load(tmp_path, "popular")] == ["popular"]
+    with pytest.raises(InputError, match=r"no split 'populair' \(did you mean 'popular'(.|\n)*random, popular"):
+        pope.load(tmp_path, "populair")
+
+
+LLAVA = "Is there an apple in the image?\nAnswer the question using a single word or phrase."
+
+
+def llava(number: int, category: str, **change: object) -> dict[str, object]:
+    image = "COCO_val2014_000000310196.jpg"
+    return {"question_id": number, "image": image, "text": LLAVA, "category": category} | change
+
+
+def write_llava(data: Path, records: list[dict[str, object]]) -> None:
+    (data / "pope" / "llava_pope_test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_load_llava(tmp_path: Path) -> None:
+    """LLaVA's wording, the official labels, joined by category and order: the ids differ."""
+    write(tmp_path, "random", [record(1), record(2, label="yes")])
+    write(tmp_path, "adversarial", [record(1, label="yes")])
+    write_llava(tmp_path, [llava(1, "adversarial"), llava(10000001, "random"), llava(10000002, "random")])
+    found = pope.load(tmp_path)
+    assert [item.id for item in found] == ["adversarial/1", "random/10000001", "random/10000002"]
+    assert [item.answer for item in found] == ["yes", "no", "yes"] and found[0].question == LLAVA
+    assert found[0].image == tmp_path / "val2014" / "COCO_val2014_000000310196.jpg"
+
+
+@pytest.mark.parametrize(
+    "records, message",
+    [
+        ([llava(1, "popular")], "line 1: category 'popular' has no file"),
+        ([llava(1, "random", image="b.jpg")], "line 1: question 1 of 'random' is about b.jpg"),
+        ([llava(n, "random") for n in (1, 2, 3)], "line 3: question 3 of 'random'"),
+        ([llava(1, "random")], "1 questions of 'random' for 2 labels"),
+        ([llava(1, "random")] * 2, "id 'random/1' occurs twice"),
+    ],
+)
+def test_wrong_llava(tmp_path: Path, records: list[dict[str, object]], message: str) -> None:
+    write(tmp_path, "random", [record(1), record(2)])
+    write_llava(tmp_path, records)
+    with pytest.raises(InputError, match=message):
+        pope.load(tmp_path)
+
+
+def test_load_rows(tmp_path: Path) -> None:
+    """Hugging Face rows: one file with categories, or a file per split."""
+    (tmp_path / "pope").mkdir()
+    row = {"question_id": "1", "question": "Is it?", "answer": "Yes", "image_source": "COCO_val2014_000000310196"}
+    rows = [row | {"category": "random"}, row | {"category": "popular", "answer": "no"}]
+    (tmp_path / "pope" / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = pope.load(tmp_path)
+    assert [(item.id, item.answer) for item in found] == [("random/1", "yes"), ("popular/1", "no")]
+    assert found[0].image == tmp_path / "val2014" / "COCO_val2014_000000310196.jpg"
+    assert found[0].question == "Is it?\nAnswer the question using a single word or phrase."
+    (tmp_path / "pope" / "test.jsonl").unlink()
+    (tmp_path / "pope" / "adversarial.json").write_text(json.dumps([row]))
+    assert pope.load(tmp_path)[0].group == "adversarial"
+
+
+# ---- prediction files --------------------------------------------------------------------------------------
+
+
+def labels_of(folder: Path, **counts: int) -> list[Path]:
+    """A label file for each split; question k of each is about thing k."""
+    return [
+        write(folder, split, [record(k + 1, text=f"thing {k}?", label="yes" if k % 2 else "no") for k in range(count)])
+        for split, count in counts.items()
+    ]
+
+
+def answers_in(path: Path, *records: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def by_id(*ids: object) -> list[dict[str, object]]:
+    return [{"question_id": key, "prompt": "?", "text": f"{key}", "answer_id": "x", "model_id": "m"} for key in ids]
+
+
+def told(joined: Joined) -> list[tuple[str, str]]:
+    return [(item.id, answer) for item, answer in zip(joined.items, joined.answers, strict=True)]
+
+
+def test_join_by_position(tmp_path: Path) -> None:
+    labels = labels_of(tmp_path, random=2)
+    path = answers_in(tmp_path / "a.jsonl", *[{"question": f"thing {k}?", "answer": str(k)} for k in range(2)])
+    found = pope_predictions.join([path], labels)
+    assert told(found) == [("random/1", "0"), ("random/2", "1")] and found.join == "position" and found.absent == 0
+
+
+@pytest.mark.parametrize(
+    "answers, message",
+    [
+        ([{"answer": "no"}], "1 answers for 2 questions"),
+        ([{"answer": "no"}] * 3, "3 answers for 2 questions"),
+        ([], "holds no answer"),
+        ([{"answer": "no", "question": "thing 1?"}] * 2, "line 1: answers 'thing 1\\?', but question 1 is another"),
+        ([{"answer": None}] * 2, "line 1: field 'answer' is None"),
+        ([{"answer": 1}] * 2, "line 1: field 'answer' is 1, not str"),
+        ([{"question": "x"}] * 2, "line 1: field 'answer' is missing"),
+        ([{"answer": "no"}, {"answer": "no", "question_id": 2}], "line 1: no question_id"),
+    ],
+)
+def test_wrong_positions(tmp_path: Path, answers: list[dict[str, object]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        pope_predictions.join([answers_in(tmp_path / "a.jsonl", *answers)], labels_of(tmp_path, random=2))
+
+
+def test_missing_positions_may_be_allowed(tmp_path: Path) -> None:
+    path = answers_in(tmp_path / "a.jsonl", {"answer": "no"})
+    found = pope_predictions.join([path], labels_of(tmp_path, random=3), None, True)
+    assert told(found) == [("random/1", "no")] and found.absent == 2
+    with pytest.raises(InputError, match="4 answers for 3"):
+        answers_in(path, *[{"answer": "no"}] * 4)
+        pope_predictions.join([path], labels_of(tmp_path, random=3), None, True)
+
+
+def test_join_by_the_labels_ids(tmp_path: Path) -> None:
+    labels = labels_of(tmp_path, mine=3)
+    found = pope_predictions.join([answers_in(tmp_path / "a.jsonl", *by_id(3, 1, 2))], labels)
+    assert told(found) == [("coco_pope_mine/1", "1"), ("coco_pope_mine/2", "2"), ("coco_pope_mine/3", "3")]
+    assert found.join == "question_id"
+    part = pope_predictions.join([answers_in(tmp_path / "a.jsonl", *by_id(3))], labels, None, True)
+    assert told(part) == [("coco_pope_mine/3", "3")] and part.absent == 2
+
+
+def test_join_by_llavas_ids(tmp_path: Path) -> None:
+    labels = labels_of(tmp_path, random=2, popular=1, adversarial=2)
+    given = by_id(20000001, 1, 10000002, 2, 10000001)
+    found = pope_predictions.join([answers_in(tmp_path / "a.jsonl", *given)], labels)
+    assert told(found) == [
+        ("random/1", "10000001"), ("random/2", "10000002"), ("popular/1", "20000001"),
+        ("adversarial/1", "1"), ("adversarial/2", "2"),
+    ]  # fmt: skip
+    assert "LLaVA" in found.join
+    folder = pope_predictions.join([tmp_path / "a.jsonl"], [tmp_path / "pope"])
+    assert sorted(told(folder)) == sorted(told(found))
+    part = pope_predictions.join([answers_in(tmp_path / "a.jsonl", *given[:2])], labels, None, True)
+    assert told(part) == [("popular/1", "20000001"), ("adversarial/1", "1")] and part.absent == 3
+
+
+@pytest.mark.parametrize(
+    "splits, ids, message",
+    [
+        ({"random": 2}, (10000001, 10000002, 3), "question_id 3 and others are not the labels' ids, nor LLaVA's"),
+        ({"random": 2, "popular": 2}, (1, 2), "question_id 1 and others"),
+        ({"random": 2}, (1, 2, 3), "question_id 3 and others"),
+        ({"adversarial": 2}, (2,), "no prediction for question_id '1'"),
+        ({"random": 2}, (2,), "no prediction for question_id '1'"),
+        ({"random": 2}, (10000001,), "no prediction for question_id '10000002'"),
+        ({"mine": 2}, (1, 7), "nor LLaVA's (no split of its)"),
+        ({"random": 2}, (1, 1), "line 2: question_id '1' occurs twice"),
+        ({"random": 2}, ("1", "2"), "line 1: question_id is the text '1'"),
+        ({"random": 2}, (1.0, 2.0), "question_id' is 1.0, not int or str"),
+        ({"random": 2}, (None, 2), "question_id' is None"),
+    ],
+)
+def test_ids_that_fit_nothing(tmp_path: Path, splits: dict[str, int], ids: tuple[object, ...], message: str) -> None:
+    path = answers_in(tmp_path / "a.jsonl", *by_id(*ids))
+    with pytest.raises(InputError) as caught:
+        pope_predictions.join([path], labels_of(tmp_path, **splits))
+    assert message in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+
+
+def test_one_file_of_answers_per_split(tmp_path: Path) -> None:
+    labels = labels_of(tmp_path, random=1, popular=1)
+    files = [answers_in(tmp_path / f"answers_{name}.json", {"answer": name}) for name in ("popular", "random")]
+    found = pope_predictions.join(files, labels)
+    assert told(found) == [("random/1", "random"), ("popular/1", "popular")] and found.join == "position"
+    assert told(pope_predictions.join(files[:1], labels[1:])) == [("popular/1", "popular")]
+    with pytest.raises(InputError, match="predictions of popular, random for labels of random"):
+        pope_predictions.join(files, labels[:1])
+    with pytest.raises(InputError, match="a second file of split 'random'"):
+        pope_predictions.join(files, [labels[0], labels[0]])
+    with pytest.raises(InputError, match="no file of random, popular or adversarial"):
+        (tmp_path / "empty").mkdir()
+        pope_predictions.join(files, [tmp_path / "empty"])
+    assert told(pope_predictions.join([files[1]], labels[:1], "random")) == [("random/1", "random")]

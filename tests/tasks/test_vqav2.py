@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import official
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from normtune.errors import InputError
 from normtune.tasks import TASKS, Item, vqav2
@@ -200,3 +203,139 @@ def test_broken_json_names_line_and_column(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"annotations\.json: no such file"):
         vqav2.load(tmp_path)
+
+
+# ---- both rules against the programs -----------------------------------------------------------------------
+
+WORD = st.sampled_from(
+    ["two", "2", "The dog.", "dog", "a dog", "Dog", "red,blue", "red - blue", "1,000", "don't", "dont", "none", "A",
+     "yes", "Yes.", "o'clock", "3.5", "u.s.", " red\n", "red", "what?!", ""]
+)  # fmt: skip
+HUMANS = st.lists(
+    st.fixed_dictionaries({"answer": WORD}, optional={"answer_id": st.integers(1, 10), "answer_confidence": WORD}),
+    min_size=1,
+    max_size=10,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(WORD, st.one_of(HUMANS, HUMANS.map(lambda own: own[:1] * 5)), st.booleans())
+def test_equals_the_program(prediction: str, human: list[dict[str, Any]], always: bool) -> None:
+    """The official accuracy, and lmms-eval's, on random answers with and without answer_id."""
+    found = vqav2.accuracy(prediction, human, "lmms-eval" if always else "official")
+    assert found == pytest.approx(official.vqa(prediction, human, always), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "prediction, right", [("Black.", True), ("the black", True), ("black", True), ("white", False)]
+)
+def test_lmms_eval_normalizes_where_all_agree(prediction: str, right: bool) -> None:
+    assert vqav2.accuracy(prediction, humans(*["black"] * 10), "lmms-eval") == float(right)
+    found = TASKS["vqav2"].score([item("1", humans(*["black"] * 10))], [prediction], "lmms-eval")
+    assert found["overall"] == 100.0 * right and found["rules"] == "lmms-eval"
+
+
+def test_intervals_by_answer_type() -> None:
+    items = [item(str(n), humans(*["red"] * 10), ("other", "number")[n % 2]) for n in range(40)]
+    found = vqav2.measure(items, ["red", "red", "red", "blue"] * 10).with_intervals()
+    assert found["overall"] == 75.0 and found["intervals"]["per_answer_type.other"] == [100.0, 100.0]
+    low, high = found["intervals"]["overall"]
+    assert 55 < low < 75 < high < 95
+
+
+# ---- other layouts -----------------------------------------------------------------------------------------
+
+
+def test_load_other_splits(tmp_path: Path) -> None:
+    write(tmp_path)
+    root = tmp_path / "vqav2"
+    asked = {"questions": [{"image_id": 5, "question": "What?", "question_id": 5000}]}
+    (root / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps(asked))
+    (only,) = vqav2.load(tmp_path, "test-dev2015")
+    assert only.answer is None and vqav2.truth(only) == []
+    assert only.image == tmp_path / "test2015" / "COCO_test2015_000000000005.jpg"
+    found = vqav2.measure([only], ["red"]).with_intervals()
+    assert found["score"] is None and "not public" in found["note"] and found["intervals"] == {}
+    assert len(vqav2.load(tmp_path)) == len(vqav2.load(tmp_path, "val2014")) == 2
+    with pytest.raises(InputError, match=r"no split 'val'(.|\n)*val2014, test-dev2015"):
+        vqav2.load(tmp_path, "val")
+    for folder, name in (
+        ("Questions", "OpenEnded_mscoco_val2014_questions"),
+        ("Annotations", "mscoco_val2014_annotations"),
+    ):
+        (root / folder).mkdir()
+        (root / f"v2_{name}.json").rename(root / folder / f"v2_{name}.json")
+    assert len(vqav2.load(tmp_path)) == 2
+
+
+def test_load_rows(tmp_path: Path) -> None:
+    (tmp_path / "vqav2").mkdir()
+    row = ANNOTATION | {"image_id": 42, "question": "What?"}
+    (tmp_path / "vqav2" / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "vqav2" / "testdev.jsonl").write_text(json.dumps(row | {"answers": None}) + "\n")
+    (only,) = vqav2.load(tmp_path)
+    assert only.id == "1" and only.image == tmp_path / "val2014" / "COCO_val2014_000000000042.jpg"
+    assert vqav2.truth(only) == ["red"]
+    assert vqav2.load(tmp_path, "testdev")[0].answer is None
+
+
+# ---- prediction files --------------------------------------------------------------------------------------
+
+
+def results(folder: Path, content: Any) -> list[Path]:
+    (folder / "r.json").write_text(json.dumps(content))
+    return [folder / "r.json"]
+
+
+def answered(*keys: Any) -> list[dict[str, Any]]:
+    return [{"question_id": key, "answer": "red"} for key in keys]
+
+
+def test_join(tmp_path: Path) -> None:
+    write(tmp_path)
+    truth = [tmp_path / "vqav2" / "v2_mscoco_val2014_annotations.json"]
+    found = vqav2.join(results(tmp_path, answered(42000, 42001)), truth)
+    assert [item.id for item in found.items] == ["42001", "42000"] and found.absent == 0
+    assert {item.unit for item in found.items} == {"42"}  # both are about one image
+    part = vqav2.join(results(tmp_path, answered(42000)), truth, None, True)
+    assert [item.id for item in part.items] == ["42000"] and part.absent == 1
+    with pytest.raises(InputError, match="without --split"):
+        vqav2.join(results(tmp_path, answered(42000)), truth, "val2014")
+    with pytest.raises(InputError, match="2 files of annotations, not 1"):
+        vqav2.join(results(tmp_path, answered(42000)), truth * 2)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (answered(42000), "no prediction for question_id 42001 (1 of 2 are missing)"),
+        (answered(42000, 42001, 7), "question_id 7 is not in the annotations (1 such"),
+        (answered(42000, 42001, 42000), "entry 2: question_id 42000 occurs twice"),
+        (answered("42000", 42001), "entry 0: field 'question_id' is '42000', not int"),
+        (answered(42000.0), "is 42000.0, not int"),
+        (answered(None), "is None, not int"),
+        (answered(True), "is True, not int"),
+        ([{"question_id": 42000, "answer": None}], "(question_id 42000): field 'answer' is None, not str"),
+        ([{"question_id": 42000, "answer": 2}], "field 'answer' is 2, not str"),
+        ([{"question_id": 42000}], "field 'answer' is missing"),
+        ([], "no prediction for question_id 42001"),
+        ({"a": 1}, "holds a dict, not a list"),
+        ([[]], "entry 0: not a JSON object"),
+    ],
+)
+def test_wrong_results(tmp_path: Path, content: Any, message: str) -> None:
+    write(tmp_path)
+    truth = [tmp_path / "vqav2" / "v2_mscoco_val2014_annotations.json"]
+    with pytest.raises(InputError) as caught:
+        vqav2.join(results(tmp_path, content), truth)
+    assert message in str(caught.value) and len(str(caught.value).splitlines()) <= 3
+    assert "r.json" in str(caught.value)
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "r.json").write_text("")
+    with pytest.raises(InputError, match=r"r\.json, line 1, column 1: not JSON"):
+        vqav2.join([tmp_path / "r.json"], [tmp_path / "vqav2" / "v2_mscoco_val2014_annotations.json"])
+    with pytest.raises(InputError, match="holds no prediction"):
+        vqav2.join(results(tmp_path, []), [tmp_path / "vqav2" / "v2_mscoco_val2014_annotations.json"], None, True)

@@ -97,16 +97,15 @@ def _join(path: Path, labels: dict[str, list[Item]], allow_missing: bool) -> Joi
 def _by_id(path: Path, given: dict[str, str], labels: dict[str, list[Item]], allow_missing: bool) -> Joined:
     items = [item for own in labels.values() for item in own]
     own_ids = [item.id.partition("/")[2] for item in items]
-    fits = set(given) <= set(own_ids) if allow_missing else set(given) == set(own_ids)
-    if len(set(own_ids)) == len(own_ids) and fits:
+    within = len(set(own_ids)) == len(own_ids) and set(given) <= set(own_ids)
+    llava = {str(first + place) for name, first in _FIRST.items() for place in range(len(labels.get(name, ())))}
+    is_llava = set(labels) <= set(_FIRST) and set(given) <= llava
+    if within and (allow_missing or len(given) == len(own_ids) or not is_llava):
         return joined(items, given, own_ids, path, by="question_id", allow_missing=allow_missing)
-    llava = {str(first + place): name for name, first in _FIRST.items() for place in range(len(labels.get(name, ())))}
-    strange = next((key for key in given if key not in llava), None)
-    unknown = [name for name in labels if name not in _FIRST]
-    if strange is not None or unknown:
-        about = f"question_id {strange} is no id of the labels" if strange else f"split '{unknown[0]}' is not LLaVA's"
+    if not is_llava:
+        strange = sorted(given, key=lambda key: (key in own_ids, key in llava))[0]
         raise InputError(
-            f"{path}: {about}, nor do the ids fit LLaVA's numbering ({_numbering(labels)}).\n"
+            f"{path}: question_id {strange} and others are not the labels' ids, nor LLaVA's ({_numbering(labels)}).\n"
             "Give the label files of all splits that were asked, or answers with the labels' ids."
         )
     keys = [str(_FIRST[name] + place) for name, own in labels.items() for place in range(len(own))]
