@@ -123,7 +123,8 @@ def test_mme_resamples_pairs_within_subtasks() -> None:
 
 def test_a_resample_of_captions_is_the_score_of_that_corpus() -> None:
     """BLEU of drawn images from their sums equals pycocoevalcap's on the drawn captions."""
-    pytest.importorskip("pycocoevalcap.bleu.bleu")
+    if caption_scores.library() is None:
+        pytest.skip("needs pycocoevalcap")
     from pycocoevalcap.bleu.bleu import Bleu
 
     answers = ["a cat on a mat", "two dogs run", "a red bus", "the man eats a big pizza now"]

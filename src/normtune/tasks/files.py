@@ -186,6 +186,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parsed(path: Path, text: str) -> Any:
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty.\nWrite or download it again.")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
