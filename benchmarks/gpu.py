@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from benchmarks.ceilings import ceilings, synchronize
 from benchmarks.workload import (
@@ -42,8 +43,9 @@ from benchmarks.workload import (
     sample,
     theirs,
 )
-from normtune.flops import peak_rate, step_flops
+from normtune.flops import Flops, causal_pairs, count_flops, peak_rate
 from normtune.runlog import provenance
+from normtune.strategy import apply
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 WARM_UP, STEPS = 3, 10
@@ -62,6 +64,17 @@ class Row:
     workload: str
     make: Callable[[Shape, torch.device], Method]
     packs: bool = True
+    trains: str | tuple[str, ...] = "layernorm-simple"
+    rank: int = 64
+
+
+def flops_of(shape: Shape, row: Row) -> Flops:
+    """By the rule, for what the row trains; told from a model on the meta device."""
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(shape.config())
+    trains = row.trains if isinstance(row.trains, str) else list(row.trains)
+    apply(model, trains, rank=row.rank)
+    return count_flops(model)
 
 
 def normtune(compiled: bool, count: int, dense: bool, **options: Any) -> Callable[[Shape, torch.device], Method]:
@@ -78,13 +91,25 @@ def rows(counts: dict[str, int]) -> list[Row]:
         Row("normtune compiled", "A", normtune(True, a, dense=False)),
         Row("normtune eager", "A", normtune(False, a, dense=False)),
         Row("PEFT LNTuning", "A", lambda s, d: theirs("", peft_norms(base(s, d))), packs=False),
-        Row("PEFT LoRA r 64, dropout .05", "A", lambda s, d: theirs("", peft_lora(base(s, d))), packs=False),
-        Row("strong LoRA: r 16, no dropout, compiled, packed", "A", normtune(True, a, dense=False, **lora)),
+        Row(
+            "PEFT LoRA r 64, dropout .05",
+            "A",
+            lambda s, d: theirs("", peft_lora(base(s, d))),
+            packs=False,
+            trains=("lora",),
+        ),
+        Row(
+            "strong LoRA: r 16, no dropout, compiled, packed",
+            "A",
+            normtune(True, a, dense=False, **lora),
+            trains=("lora",),
+            rank=16,
+        ),
         Row("normtune compiled", "C", normtune(True, c, dense=True)),
         Row("normtune eager", "C", normtune(False, c, dense=True)),
         Row("PEFT LNTuning, fp32 gains, autocast", "A", autocast_norms, packs=False),
         Row("normtune eager, 8-bit gate and up", "A", normtune(False, a, dense=False, activations="8bit")),
-        Row("full finetuning", "A", normtune(True, a, dense=False, strategy="full")),
+        Row("full finetuning", "A", normtune(True, a, dense=False, strategy="full"), trains="full"),
     ]
 
 
@@ -136,7 +161,7 @@ def time_row(row: Row, shape: Shape, device: torch.device) -> dict[str, Any]:
     lengths = [one["input_ids"].shape[1] for one in batches[0]]
     width = max(lengths)
     labels = [int((one["labels"][:, 1:] != IGNORED).sum()) for one in batches[0]]
-    flops = step_flops(method.model, lengths, sum(labels))
+    flops = flops_of(shape, row).step(sum(lengths), sum(labels), len(lengths), causal_pairs(lengths))
     return {
         "method": row.name,
         "workload": row.workload,
@@ -247,7 +272,7 @@ def main() -> None:
         result: dict[str, Any] = {
             "ceilings": ceilings(shape.hidden, inner, 256 if options.tiny else 8192, device, *sizes)
         }
-        result["datasheet"] = peak_rate(device, torch.bfloat16)
+        result["datasheet"] = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         record["shapes"][name] = result
         write()
         measure(shape, device, result, write, lambda: time.perf_counter() - began > options.stop)

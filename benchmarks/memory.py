@@ -1,8 +1,7 @@
 """`python -m benchmarks.memory`: planned peaks beside measured ones, on a CPU: growth of resident memory over a step.
 
 Each strategy runs in a process of its own, on random weights: two steps of the project's own training step on a
-LLaVA-shaped model of about 100 M parameters. MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are set there, so that
-freed memory goes back to the system; else malloc hides 20 to 40 % of what is freed and taken again.
+LLaVA-shaped model of about 100 M parameters.
 Figures go to benchmarks/results/memory.json (or --json FILE).
 """
 
@@ -11,12 +10,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.resident import forget_peak, in_a_process, resident
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 STRATEGIES = ("full", "lora", "layernorm", "layernorm-simple")
@@ -51,12 +49,6 @@ def stage_of(strategy: str) -> Any:
     )
 
 
-def resident(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 def samples(batch: int, length: int, supervised: int) -> dict[str, Any]:
     import torch
 
@@ -73,7 +65,7 @@ def measured(strategy: str, batch: int, length: int, supervised: int) -> int:
     gc.collect()
     before = resident("VmRSS")
     step = ready(random_model("cpu"), strategy)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew: what apply took in passing is not the step's
+    forget_peak()  # what apply took in passing is not the step's
     for _ in range(2):  # the optimizer's state is there from the second on
         step(samples(batch, length, supervised))
     return resident("VmHWM") - before
@@ -101,18 +93,10 @@ def ready(model: Any, strategy: str) -> Callable[[dict[str, Any]], None]:
     return step
 
 
-def in_a_process(strategy: str, batch: int, length: int, supervised: int) -> int:
-    """`measured` in a child with malloc's thresholds set."""
-    limits = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    arguments = ["--measure", strategy, "--batch", str(batch), "--length", str(length), "--supervised", str(supervised)]
-    out = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", *arguments],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, **limits},
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    return int(out.stdout.split()[-1])
+def measured_apart(strategy: str, batch: int, length: int, supervised: int) -> int:
+    """`measured` in a child process."""
+    arguments = [f"--batch={batch}", f"--length={length}", f"--supervised={supervised}"]
+    return in_a_process("benchmarks.memory", ["--measure", strategy, *arguments])
 
 
 def planned(strategy: str, batch: int, length: int, supervised: int) -> Any:
@@ -138,7 +122,7 @@ def main() -> None:
 
     rows = []
     for strategy in options.strategies:
-        plan, real = planned(strategy, *shape), in_a_process(strategy, *shape)
+        plan, real = planned(strategy, *shape), measured_apart(strategy, *shape)
         ratio = real / plan.peak_bytes
         rows.append({"strategy": strategy, "planned": plan.peak_bytes, "measured": real, "by_cause": plan.by_cause})
         print(

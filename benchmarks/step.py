@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +23,7 @@ import torch
 
 from benchmarks.ceilings import synchronize
 from benchmarks.readme import write_table
+from benchmarks.resident import forget_peak, in_a_process, resident
 from benchmarks.workload import (
     Method,
     Sample,
@@ -102,24 +99,20 @@ def rates(found: dict[str, Method], every: list[list[Sample]], device: torch.dev
 
 
 def peak(name: str, shape: Shape, threads: int) -> int:
-    """Bytes by which three steps raise the resident memory over that of the model, in a child process.
-
-    Without the MALLOC variables glibc keeps freed memory and hides a good part of what is used.
-    """
+    """Bytes by which three steps raise the resident memory over that of the model, in a child process."""
     options = [f"--{key}={getattr(shape, key)}" for key in ("hidden", "layers", "vocabulary")]
-    command = [sys.executable, "-m", "benchmarks.step", "--peak", name, "--threads", str(threads), *options]
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, **settings}, check=True)
-    return int(done.stdout.split()[-1])
+    return in_a_process("benchmarks.step", ["--peak", name, f"--threads={threads}", *options])
 
 
 def print_peak(name: str, shape: Shape) -> None:
-    method = METHODS[name](shape, torch.device("cpu"))
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    device = torch.device("cpu")
+    METHODS[name](replace(shape, layers=1), device).step(batches(shape, 1)[0])  # loads what is loaded once
+    method = METHODS[name](shape, device)
+    forget_peak()
+    before = resident("VmRSS")
     for batch in batches(shape, 3):
         method.step(batch)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident)
+    print(resident("VmHWM") - before)
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
@@ -141,6 +134,7 @@ def measure(shape: Shape, rounds: int, threads: int) -> dict[str, Any]:
         f"{name} to {other}": quartiles([a / b for a, b in zip(speeds[name], speeds[other], strict=True)])
         for name in (OURS, COMPILED)
         for other in (SHIPPED, LORA)
+        if {name, other} <= speeds.keys()
     }
     about = {"hidden": shape.hidden, "layers": shape.layers, "vocabulary": shape.vocabulary, "device": str(device)}
     about |= {"threads": threads, "rounds": rounds}
@@ -151,9 +145,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--readme", action="store_true", help="write the README's table, too")
     parser.add_argument("--table", action="store_true", help="measure nothing: print the table of the stored figures")
