@@ -25,7 +25,7 @@ from normtune.progress import Bar, say
 from normtune.recipe import Recipe, Stage, parse_interval
 from normtune.runlog import Run
 from normtune.step import Guard, add_throughput, description, make_optimizer, note_of, take_step
-from normtune.strategy import Report, apply, compile_blocks, lean, tuning
+from normtune.strategy import Report, apply, compile_blocks, lean, restore, tuning
 from normtune.training.batching import Batches, choose_packing, steps_of
 
 
@@ -141,6 +141,7 @@ def prepare_stage(loop: Loop, index: int) -> tuple[Batches, list[str]]:
         its batches, and what a user should know of what was left as it is.
     """
     stage, model = loop.recipe.stages[index], loop.model
+    restore(model)  # an earlier stage may have been compiled
     swaps = lean(model, stage.activations)
     notes = [f"not lean: {what}" for what in swaps.left]
     if stage.compile and (warning := compile_blocks(model)):
