@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import gpu, readme, step
 
 
