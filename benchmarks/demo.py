@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.readme import write_table
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
-KEPT = ("scores", "controls", "parameters", "percent", "adapter_bytes", "seconds", "peak_rss_bytes", "provenance")
+KEPT = ("scores", "baselines", "parameters", "percent", "adapter_bytes", "seconds", "peak_rss_bytes", "provenance")
 
 
 def main() -> None:

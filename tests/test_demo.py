@@ -82,9 +82,9 @@ def test_folders_are_numbered(tmp_path: Path) -> None:
     assert next_folder(tmp_path).name == "demo-2"
 
 
-@pytest.mark.parametrize(("gap", "words"), [(0.01, "Controls hold"), (0.2, "do NOT hold")])
+@pytest.mark.parametrize(("gap", "words"), [(0.01, "Baselines hold"), (0.2, "do NOT hold")])
 def test_the_report_says_so_whatever_comes_out(gap: float, words: str) -> None:
-    facts = {"quick": False, "controls": {"gaps": {"blind pope": gap}, "within": gap <= 0.05}}
+    facts = {"quick": False, "baselines": {"gaps": {"blind pope": gap}, "within": gap <= 0.05}}
     assert words in verdict(facts)
 
 
@@ -96,7 +96,7 @@ def test_the_whole_demo_keeps_its_promises(tmp_path: Path, capsys: pytest.Captur
     assert scores["stage1"]["pope"] <= 0.80
     assert scores["layernorm-simple"]["pope"] >= 0.80
     assert scores["layernorm"]["pope"] >= 0.90
-    for control in ("blind", "shuffled"):
+    for baseline in ("blind", "shuffled"):
         for column in ("pope", "mme"):
-            assert abs(scores[control][column] - scores["chance"][column]) <= 0.05
+            assert abs(scores[baseline][column] - scores["chance"][column]) <= 0.05
     assert facts["peak_rss_bytes"] <= 2e9

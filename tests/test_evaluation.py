@@ -1,10 +1,8 @@
-"""Evaluation: batching, shared image features, controls, limits, and what is left as it was found."""
+"""Evaluation: batching, shared image features, baselines, limits, and what is left as it was found."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import random
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,73 +15,20 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from asked import IMAGES, picture, write_benchmarks
 from models import CHATML, tiny_tokenizer
-from normtune.chat import Turn
+from normtune.chat import Chat, Turn
 from normtune.errors import InputError
-from normtune.evaluation import answer, answering, evaluate_model, select, shuffled_images
+from normtune.evaluation import answer, answering, engines, evaluate_model, select, shuffled_images
 from normtune.evaluation.selection import images_shown
 from normtune.tasks import TASKS, Item
 
 BENCHMARKS = list(TASKS)
-IMAGES = 4
-
-
-def picture(number: int) -> Image.Image:
-    """A noisy picture that no other number gives."""
-    noise = random.Random(number).randbytes(40 * 40 * 3)
-    return Image.frombytes("RGB", (40, 40), noise)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All benchmarks in their official layouts; no two questions have the same text."""
-    root = tmp_path_factory.mktemp("data")
-    for folder in ("val2014", "pope", "mme/existence", "mme/count", "vqav2", "coco", "text"):
-        (root / folder).mkdir(parents=True)
-    (root / "flickr30k" / "flickr30k-images").mkdir(parents=True)
-    names = [f"COCO_val2014_{n:012d}.jpg" for n in range(IMAGES)]
-    for n, name in enumerate(names):
-        picture(n).save(root / "val2014" / name)
-        picture(100 + n).save(root / "flickr30k" / "flickr30k-images" / f"{n}.jpg")
-    number = itertools.count(1)
-
-    def lines(records: list[dict[str, Any]]) -> str:
-        return "".join(json.dumps(record) + "\n" for record in records)
-
-    for split in ("random", "popular", "adversarial"):
-        records = [
-            {
-                "question_id": k,
-                "image": names[k // 2 % IMAGES],
-                "text": f"Is thing {next(number)} there" + " now" * (k % 3) + "?",
-                "label": "yes" if k % 2 else "no",
-            }
-            for k in range(2 * IMAGES)
-        ]
-        (root / "pope" / f"coco_pope_{split}.json").write_text(lines(records))
-    for subtask, n in itertools.product(("existence", "count"), range(2)):
-        # image 0 is the same photograph in both subtasks
-        picture(200 + n if n == 0 or subtask == "count" else 300).save(root / "mme" / subtask / f"{n}.png")
-        pair = [f"Is thing {next(number)} there? Please answer yes or no.\t{x}\n" for x in ("Yes", "No")]
-        (root / "mme" / subtask / f"{n}.txt").write_text("".join(pair))
-    questions, annotations = [], []
-    for k in range(2 * IMAGES):
-        questions.append({"question_id": k, "image_id": k % IMAGES, "question": f"What is thing {next(number)}?"})
-        human = [{"answer": ("red", "blue")[k % 2], "answer_id": a} for a in range(10)]
-        annotations.append({"question_id": k, "question_type": "what is", "answer_type": "other", "answers": human})
-    vqa = root / "vqav2"
-    (vqa / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions}))
-    (vqa / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": annotations}))
-    coco = {
-        "images": [{"id": n, "file_name": name} for n, name in enumerate(names)],
-        "annotations": [{"image_id": n, "caption": "A red shape."} for n in range(IMAGES)],
-    }
-    (root / "coco" / "captions_val2014.json").write_text(json.dumps(coco))
-    flickr = [{"split": "test", "filename": f"{n}.jpg", "sentences": [{"raw": "A red shape ."}]} for n in range(IMAGES)]
-    (root / "flickr30k" / "dataset_flickr30k.json").write_text(json.dumps({"images": flickr}))
-    texts = [{"question_id": k, "text": f"Say thing {next(number)}.", "answer": "red"} for k in range(5)]
-    (root / "text" / "questions.jsonl").write_text(lines(texts))
-    return root
+    return write_benchmarks(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +71,8 @@ def test_answers_are_those_of_plain_transformers(pair: Any) -> None:
 
 def test_shared_features_give_identical_logits(pair: Any) -> None:
     model, processor = pair
-    engine = answering._Shared(model, processor, answering.Chat.from_processor(processor))
-    requests = [answering.Request(tuple(t), tuple(i), "") for t, i in conversations()]
+    engine = engines.Shared(model, processor, Chat.from_processor(processor))
+    requests = [engines.Request(tuple(t), tuple(i), "") for t, i in conversations()]
     with torch.inference_mode():
         inputs = engine.inputs([inner for _, inner in engine.prepare(requests, 64)])
         shared = model(**inputs).logits
@@ -140,14 +85,14 @@ def test_shared_features_give_identical_logits(pair: Any) -> None:
 
 def test_engines_agree(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = answer(*pair, conversations()[:9], 12, batch_size=4)
-    monkeypatch.setattr(answering, "_takes_features", lambda model: False)
+    monkeypatch.setattr(engines, "takes_features", lambda model: False)
     assert answer(*pair, conversations()[:9], 12, batch_size=4) == shared
 
 
 def test_an_image_is_opened_and_encoded_once(pair: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Counter[str] = Counter()
     encoded: list[int] = []
-    real_open, real_features = answering.open_image, type(pair[0]).get_image_features
+    real_open, real_features = engines.open_image, type(pair[0]).get_image_features
 
     def count_open(path: Path, where: str) -> Image.Image:
         opened[path.name] += 1
@@ -157,7 +102,7 @@ def test_an_image_is_opened_and_encoded_once(pair: Any, data: Path, monkeypatch:
         encoded.append(len(pixel_values))
         return real_features(self, pixel_values=pixel_values, **kwargs)
 
-    monkeypatch.setattr(answering, "open_image", count_open)
+    monkeypatch.setattr(engines, "open_image", count_open)
     monkeypatch.setattr(type(pair[0]), "get_image_features", count_features)
     evaluate_model(*pair, ["pope"], data)
     assert set(opened.values()) == {1} and len(opened) == IMAGES and encoded == [IMAGES]
@@ -282,7 +227,11 @@ class Oracle(nn.Module):
         raise AssertionError("only generate is called")
 
     def generate(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, mm_encoder_outputs: Any = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_processor: Any,
+        mm_encoder_outputs: Any = None,
     ) -> torch.Tensor:
         features = mm_encoder_outputs["image"].pooler_output if mm_encoder_outputs else []
         assert sum(map(len, features)) == (input_ids == self.image_id).sum()
@@ -296,6 +245,8 @@ class Oracle(nn.Module):
             tokens = [*self.tokenizer.encode(f" {reply}\n", add_special_tokens=False), stop]
             rows.append([*tokens, *self.tokenizer.encode("No no", add_special_tokens=False)])
         width = max(map(len, rows))
+        for _ in range(width):
+            logits_processor(input_ids, torch.tensor([[1.0, 0.0]]).expand(len(rows), 2))
         replies = torch.tensor([row + [0] * (width - len(row)) for row in rows])
         return torch.cat([input_ids, replies], dim=1)
 
@@ -341,18 +292,18 @@ def test_image_comes_before_the_question(oracle: Any, data: Path) -> None:
 
 def test_blind_prompts_have_no_image(oracle: Any, data: Path, tmp_path: Path) -> None:
     (tmp_path / "pope").symlink_to(data / "pope")  # no images there, and none needed
-    found = evaluate_model(*oracle, ["pope"], tmp_path, control="blind")
-    assert found["pope"]["score"] == 1.0 and found["pope"]["control"] == "blind"
+    found = evaluate_model(*oracle, ["pope"], tmp_path, baseline="blind")
+    assert found["pope"]["score"] == 1.0 and found["pope"]["baseline"] == "blind"
     assert oracle[0].features == 0 and not any("<image>" in prompt for prompt in oracle[0].prompts)
     assert all("<|im_start|>user\nIs thing" in prompt for prompt in oracle[0].prompts)
 
 
 def test_shuffled_shows_other_images(pair: Any, oracle: Any, data: Path) -> None:
-    found = evaluate_model(*oracle, BENCHMARKS, data, control="shuffled")
-    assert found["pope"]["control"] == "shuffled" and found["pope"]["score"] == 1.0
+    found = evaluate_model(*oracle, BENCHMARKS, data, baseline="shuffled")
+    assert found["pope"]["baseline"] == "shuffled" and found["pope"]["score"] == 1.0
     assert oracle[0].features == 24 + 8 + 8 + 4 + 4
     told = evaluate_model(*pair, ["coco"], data, predictions=True)["coco"]["predictions"]
-    other = evaluate_model(*pair, ["coco"], data, control="shuffled", predictions=True)["coco"]["predictions"]
+    other = evaluate_model(*pair, ["coco"], data, baseline="shuffled", predictions=True)["coco"]["predictions"]
     swap = shuffled_images([item.image for item in TASKS["coco"].load(data) if item.image])
     names = [item.image for item in TASKS["coco"].load(data)]
     by_image = {name: p["answer"] for name, p in zip(names, told, strict=True)}
@@ -432,7 +383,7 @@ def test_shuffled_knows_a_photograph_under_two_names(data: Path) -> None:
 
 def test_shuffled_needs_two_pictures(oracle: Any, data: Path) -> None:
     with pytest.raises(InputError, match="fewer than two distinct images"):
-        evaluate_model(*oracle, ["coco"], data, limit=1, control="shuffled")
+        evaluate_model(*oracle, ["coco"], data, limit=1, baseline="shuffled")
 
 
 # ---- wrong input -------------------------------------------------------------------------------------------
@@ -442,7 +393,7 @@ def test_shuffled_needs_two_pictures(oracle: Any, data: Path) -> None:
     "change, message",
     [
         ({"benchmarks": ["text", "popes"]}, r"benchmark 'popes' is unknown \(did you mean 'pope'"),
-        ({"control": "deaf"}, "control 'deaf' is unknown"),
+        ({"baseline": "deaf"}, "baseline 'deaf' is unknown"),
         ({"limit": 0}, "limit is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"data": "nowhere"}, "nowhere: no such folder"),
@@ -472,7 +423,5 @@ def test_broken_image_names_its_item(pair: Any, data: Path, tmp_path: Path) -> N
 
 
 def test_a_think_block_is_no_answer() -> None:
-    from normtune.evaluation.answering import _THOUGHT
-
-    assert _THOUGHT.sub("", "<think>\n\n</think>\n\nNo").strip() == "No"
-    assert _THOUGHT.sub("", "No <think>") == "No <think>"
+    assert answering._THOUGHT.sub("", "<think>\n\n</think>\n\nNo").strip() == "No"
+    assert answering._THOUGHT.sub("", "No <think>") == "No <think>"

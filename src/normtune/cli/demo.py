@@ -14,7 +14,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run: its figures mean nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Teach a tiny text LLM to see, in minutes on a CPU: stage 1, norm tuning, controls, scores, report.
+    """Teach a tiny text LLM to see, in minutes on a CPU: stage 1, norm tuning, baselines, scores, report.
 
     Example: normtune demo --quick
     """

@@ -17,8 +17,8 @@ TITLES = {
     "connector+embed+head": "connector + embedding + head, no norms",
     "layernorm-simple": "layernorm-simple: norm gains alone",
     "layernorm": "layernorm: norm gains + connector + embedding + head",
-    "blind": "control: layernorm, no image",
-    "shuffled": "control: layernorm, another image",
+    "blind": "baseline: layernorm, no image",
+    "shuffled": "baseline: layernorm, another image",
 }
 SHOWN = {"base": "before", "stage1": "stage 1", "layernorm-simple": "layernorm-simple", "layernorm": "layernorm"}
 COLUMNS = {"pope": "POPE", "mme": "MME", "vqav2": "VQAv2", "caption": "caption ROUGE-L", "text": "text kept"}
@@ -39,13 +39,13 @@ def table_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """One sentence on the controls, whatever came out."""
+    """One sentence on the baselines, whatever came out."""
     if result["quick"]:
         return "Quick run: a few steps on a few questions; the figures mean nothing."
-    worst = max(result["controls"]["gaps"].items(), key=lambda item: item[1])
-    if result["controls"]["within"]:
-        return f"Controls hold: without the right image the model is within .05 of chance (largest gap {worst[1]:.3f})."
-    return f"Controls do NOT hold: {worst[0]} is {worst[1]:.3f} from chance; the questions leak their answers."
+    worst = max(result["baselines"]["gaps"].items(), key=lambda item: item[1])
+    if result["baselines"]["within"]:
+        return f"Baselines hold: without the right image the model is within .05 of chance (largest gap {worst[1]:.3f})."
+    return f"Baselines do NOT hold: {worst[0]} is {worst[1]:.3f} from chance; the questions leak their answers."
 
 
 def print_summary(result: dict[str, Any]) -> None:

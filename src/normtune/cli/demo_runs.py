@@ -1,4 +1,4 @@
-"""What the demo runs: one stage 1, four strategies from it, scores with controls and chance, answers to show."""
+"""What the demo runs: one stage 1, four strategies from it, scores with baselines and chance, answers to show."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ class Demo:
             scores[name] = self.score(tuned, name)
             if name.startswith("layernorm"):
                 answers[name] = self.answers(tuned.model, tuned.processor, items)
-        for control in ("blind", "shuffled"):  # of the last model, layernorm
-            scores[control] = self.score(tuned, control, control)
+        for baseline in ("blind", "shuffled"):  # of the last model, layernorm
+            scores[baseline] = self.score(tuned, baseline, baseline)
         result = {
             "scores": scores,
             "quick": self.quick,
-            "controls": self.judge(scores),
+            "baselines": self.judge(scores),
             "scenes": self.save_scenes(items, answers),
             "parameters": self.parameters,
             "percent": self.percent,
@@ -116,7 +116,7 @@ class Demo:
         self.losses[name] = [line["loss"] for line in log if "loss" in line]
         return trained
 
-    def score(self, trained: Trained, title: str, control: Any = "none") -> dict[str, float]:
+    def score(self, trained: Trained, title: str, baseline: Any = "none") -> dict[str, float]:
         """Scores of a model, 0 to 1, by column of the table."""
         names = [name for name in COLUMNS if (self.data / name).is_dir()]
         with Bar(f"asking {title}", len(names)) as bar:
@@ -129,7 +129,7 @@ class Demo:
 
             result = evaluate_model(
                 trained.model, trained.processor, names, self.data,
-                limit=self.limit, control=control, batch_size=128, progress=progress,
+                limit=self.limit, baseline=baseline, batch_size=128, progress=progress,
             )  # fmt: skip
         return {COLUMNS[name]: round(float(result[name]["score"]), 4) for name in names}
 
@@ -152,12 +152,12 @@ class Demo:
         return scores
 
     def judge(self, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Whether the controls are within .05 of chance on the yes/no benchmarks; printed whatever comes out."""
+        """Whether the baselines are within .05 of chance on the yes/no benchmarks; printed whatever comes out."""
         gaps = {
-            f"{control} {column}": round(abs(scores[control][column] - scores["chance"][column]), 4)
-            for control in ("blind", "shuffled")
+            f"{baseline} {column}": round(abs(scores[baseline][column] - scores["chance"][column]), 4)
+            for baseline in ("blind", "shuffled")
             for column in ("pope", "mme")
-            if column in scores[control]
+            if column in scores[baseline]
         }
         return {"gaps": gaps, "within": all(gap <= 0.05 for gap in gaps.values())}
 

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-
-class ControlName(enum.StrEnum):
-    none = "none"
-    blind = "blind"
-    shuffled = "shuffled"
+if TYPE_CHECKING:
+    from normtune.evaluation import Settings
+    from normtune.tuned import Tuned
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, adapter folder or MLLM folder.")],
     benchmarks: Annotated[str | None, typer.Option(help="Comma-separated: pope,mme,vqav2,coco,flickr30k,text.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder with the benchmarks in their official layouts.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items per benchmark.")] = None,
-    control: Annotated[
-        ControlName, typer.Option(help="blind: without the image; shuffled: another item's.")
-    ] = ControlName.none,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per benchmark, whole images at a time.")] = None,
+    split: Annotated[str | None, typer.Option(help="Another split: popular, or pope=popular,coco=val2017.")] = None,
+    rules: Annotated[str, typer.Option(help="official or lmms-eval: how answers are read.")] = "official",
+    baseline: Annotated[str, typer.Option(help="blind: without the image; shuffled: another item's.")] = "none",
+    mode: Annotated[str, typer.Option(help="generate, or likelihood (of Yes and No, on pope and mme).")] = "generate",
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of what --limit takes and --baseline shuffled shows.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Result FILE.json, or a folder (default: the run's).")] = None,
+    against: Annotated[Path | None, typer.Option(help="Another result: show the paired differences.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Score a model on benchmarks; a run's own recipe gives benchmarks and data where they are not named.
 
+    Answers go to disk as they come: the same command goes on where an interrupted one was.
+
     Example: normtune evaluate runs/world --benchmarks pope,mme --data eval/
     """
-    from normtune.cli.output import print_json, print_table, quiet_libraries
+    from normtune.cli.output import print_json, quiet_libraries
     from normtune.errors import InputError
 
     quiet_libraries()
-    from normtune.evaluation import evaluate_model
-    from normtune.progress import Bar
-    from normtune.runlog import Run, provenance, write_json
+    from normtune.evaluation import Settings, evaluate_into, splits_of
     from normtune.tuned import open_tuned
     from normtune.world import resolve_path
 
@@ -46,37 +48,117 @@ def evaluate(
     folder = data or (asked.data if asked else None)
     if not names or folder is None:
         raise InputError(f"{model} has no `evaluate` section in a recipe: give --benchmarks and --data")
-    limit = limit or (asked.limit if asked else None)
-    bars: dict[str, Bar] = {}
-
-    def progress(name: str, done: int, total: int) -> None:
-        if name not in bars:
-            for bar in bars.values():
-                bar.__exit__(None, None, None)
-            bars[name] = Bar(name, total).__enter__()
-        bars[name].update(done)
-
-    options: dict[str, Any] = {"limit": limit, "control": control.value, "batch_size": batch_size}
-    try:
-        scores = evaluate_model(
-            tuned.model, tuned.processor, names, resolve_path(folder), progress=progress, predictions=True, **options
+    unique, limit = tuple(dict.fromkeys(names)), limit or (asked.limit if asked else None)
+    settings = Settings(unique, limit, splits_of(split, unique), baseline, rules, mode, seed)  # type: ignore[arg-type]
+    place(tuned, device)
+    target = target_of(out, model, settings)
+    with Bars() as bars:
+        document = evaluate_into(
+            target,
+            tuned.model,
+            tuned.processor,
+            settings,
+            resolve_path(folder),
+            about=about(model, tuned),
+            batch_size=batch_size,
+            against=against,
+            progress=bars.update,
         )
-    finally:
-        for bar in bars.values():
-            bar.__exit__(None, None, None)
-    if tuned.recipe is not None:
-        suffix = "" if control is ControlName.none else f"-{control.value}"
-        target = Run(Path(model)).folder / "evaluations" / f"{'-'.join(names)}{suffix}.json"
-        write_json(target, {"model": model, "data": str(folder), **options, "scores": scores, **provenance()})
-    shown = {n: {k: v for k, v in facts.items() if k != "predictions"} for n, facts in scores.items()}
     if json:
-        print_json({"model": model, "control": control.value, "scores": shown})
-        return
-    rows = [[name, facts["score"], facts["n"], detail(facts)] for name, facts in shown.items()]
-    print_table(["benchmark", "score", "items", "figures"], rows)
+        print_json({"result": str(target), **document})
+    else:
+        show(document, target)
+
+
+def place(tuned: Tuned, device: str) -> None:
+    """Moves the model to the device; InputError where there is none such."""
+    import torch
+
+    from normtune.errors import InputError
+    from normtune.tuned import move
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, False):
+        raise InputError(f"device {device}: {'not found here' if kind in there else 'unknown'}; use auto or cpu")
+    move(tuned.model, torch.device(device))
+
+
+def about(model: str, tuned: Tuned) -> dict[str, Any]:
+    """The identity of run, adapter or model for the record."""
+    from normtune.evaluation import identity
+    from normtune.recipe import recipe_hash
+
+    folder = Path(model) / "adapter" if tuned.recipe else Path(model)
+    recipe = recipe_hash(tuned.recipe) if tuned.recipe else None
+    return identity(model, recipe, tuned.record, folder if tuned.record else None)
+
+
+def target_of(out: Path | None, model: str, settings: Settings) -> Path:
+    """The result's file: `out` or in it; else in the run's `evaluations`; of any other model in `evaluations` here."""
+    if out is not None:
+        return out if out.suffix == ".json" else out / f"{settings.name}.json"
+    folder = Path(model)
+    if (folder / "recipe.yaml").is_file():
+        return folder / "evaluations" / f"{settings.name}.json"
+    if (folder.parent / "recipe.yaml").is_file():
+        return folder.parent / "evaluations" / folder.name / f"{settings.name}.json"
+    return Path("evaluations") / folder.resolve().name / f"{settings.name}.json"
+
+
+class Bars:
+    """A bar for each benchmark, one after another."""
+
+    def __init__(self) -> None:
+        self.bars: dict[str, Any] = {}
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def update(self, name: str, done: int, total: int) -> None:
+        from normtune.progress import Bar
+
+        if name not in self.bars:
+            self.__exit__()
+            self.bars[name] = Bar(name, total).__enter__()
+        self.bars[name].update(done)
+
+    def __exit__(self, *error: object) -> None:
+        for bar in self.bars.values():
+            bar.__exit__(None, None, None)
+
+
+def show(document: dict[str, Any], target: Path) -> None:
+    """Tables for a person: scores, and differences where there are some."""
+    from normtune.cli.output import print_table
+
+    rows = [
+        [name, facts["score"], span(facts["intervals"].get("score")), facts["n"], detail(facts)]
+        for name, facts in document["scores"].items()
+    ]
+    rows = [["-" if cell is None else cell for cell in row] for row in rows]
+    print_table(["benchmark", "score", "95 % interval", "items", "figures"], rows)
+    if document["against"]:
+        found = document["against"]["differences"]
+        rows = [
+            [name, figure, one["difference"], span(one["interval"])]
+            for name, figures in found.items()
+            for figure, one in (figures or {}).items()
+        ]
+        print_table(
+            ["benchmark", "figure", "difference", "95 % interval"], rows, f"against {document['against']['path']}"
+        )
+    print(f"{target}, answers in {target.with_suffix('')}")
+
+
+def span(interval: list[float] | None) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
 
 
 def detail(facts: dict[str, Any]) -> str:
     """The plain numbers of a score, for a person."""
     numbers = {k: v for k, v in facts.items() if isinstance(v, float) and k != "score"}
-    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    ties = f", {facts['ties']['count']} ties" if facts["ties"]["count"] else ""
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()) + ties

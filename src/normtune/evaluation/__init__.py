@@ -1,25 +1,48 @@
-"""Ask a model the questions of the benchmarks and score its answers, with the controls that keep scores honest.
+"""Ask a model the questions of the benchmarks and score its answers, with the baselines that keep scores honest.
 
 Scope: benchmarks whole or in part (`limit`), with the image, without it (`blind`) or with another item's
-(`shuffled`). `selection` decides what is asked and shown, `answering` asks. Not here: scoring rules (`tasks`), files
-and tables of results.
+(`shuffled`). The way of a question: `selection` and `questions` (what is asked and shown), `engines` (inputs in
+batches), `answering` (the model), `journal` and `formats` (disk), `results` (scores with all that they depend on).
+`during` evaluates while a model trains. Not here: scoring rules (`tasks`), tables of results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, ProcessorMixin
 
-from normtune.chat import PLACEHOLDER, Turn
-from normtune.errors import InputError, did_you_mean
-from normtune.evaluation.answering import Request, answer, generate
-from normtune.evaluation.selection import CONTROLS, Control, images_shown, select, shuffled_images
-from normtune.tasks import TASKS, Item, Task
+from normtune.errors import InputError
+from normtune.evaluation.answering import MODES, Mode, answer, generate, likelihoods
+from normtune.evaluation.formats import Predictions
+from normtune.evaluation.journal import Given, Journal
+from normtune.evaluation.questions import Asked, Settings, ask, splits_of
+from normtune.evaluation.results import FORMAT, Other, conditions, describe, identity, scores_of
+from normtune.evaluation.selection import BASELINES, Baseline, select, shuffled_images
+from normtune.runlog import write_json
+from normtune.tasks import Rules
 
-__all__ = ["CONTROLS", "Control", "answer", "evaluate_model", "select", "shuffled_images"]
+__all__ = [
+    "BASELINES",
+    "MODES",
+    "Baseline",
+    "Mode",
+    "Settings",
+    "answer",
+    "evaluate_into",
+    "evaluate_model",
+    "identity",
+    "select",
+    "shuffled_images",
+    "splits_of",
+]
+
+Progress = Callable[[str, int, int], None]
+BATCH = 32
 
 
 def evaluate_model(
@@ -29,66 +52,126 @@ def evaluate_model(
     data: str | Path,
     *,
     limit: int | None = None,
-    control: Control = "none",
-    batch_size: int = 32,
+    split: str | Mapping[str, str] | None = None,
+    baseline: Baseline = "none",
+    rules: Rules = "official",
+    mode: Mode = "generate",
+    batch_size: int = BATCH,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     predictions: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Scores of `model` on each of `benchmarks` (names of `tasks.TASKS`) whose official files lie below `data`.
 
-    `limit` asks at least that many questions per benchmark, whole images at a time (see `select`). `control`
-    takes the image away (`blind`) or gives every question another item's image (`shuffled`); questions without
-    an image stay as they are. `progress(benchmark, answered, total)` is called after each batch.
+    `limit` asks at least that many questions per benchmark, whole images at a time (see `select`); `split` takes
+    another split than the usual one. `baseline` takes the image away (`blind`) or gives every question another item's
+    image (`shuffled`); questions without an image stay as they are. `mode` `likelihood` compares the likelihoods of
+    "Yes" and "No" on POPE and MME. `progress(benchmark, answered, total)` is called after each batch.
 
-    Returns {benchmark: {"score": headline 0 to 1, figures of the task ..., "n": questions asked, "control": ...}}
-    and, with `predictions`, a list [{id, question, answer, truth}] in the files' order. The model is left in the
-    modes (training or not, module by module) and with the generation settings that it came with.
+    Returns {benchmark: {"score": headline 0 to 1, figures of the task ..., "intervals": 95 % of each figure, "n":
+    questions asked, "baseline": ..., "ties": answers within 1e-4 of another one}} and, with `predictions`, a list
+    [{id, question, answer, truth}] in the files' order. The model is left in the modes (training or not, module by
+    module) and with the generation settings that it came with.
 
-    InputError for an unknown benchmark or control, and for missing or wrong files: all are read, and the images'
-    existence checked, before the first question is asked."""
-    _check(benchmarks, control, limit, batch_size)
-    root = Path(data)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder.\nGive the folder that holds the benchmarks' files.")
-    asked: dict[str, tuple[Task, list[Item], list[Request]]] = {}
-    for name in dict.fromkeys(benchmarks):
-        items = select(TASKS[name].load(root), limit, seed)
-        images = images_shown(name, items, control, seed)
-        requests = [_request(name, item, image) for item, image in zip(items, images, strict=True)]
-        asked[name] = TASKS[name], items, requests
+    InputError for an unknown name, and for missing or wrong files: all are read, and the images' existence checked,
+    before the first question is asked."""
+    settings = Settings(
+        tuple(dict.fromkeys(benchmarks)), limit, splits_of(split, benchmarks), baseline, rules, mode, seed
+    )
+    _check_size(batch_size)
     results: dict[str, dict[str, Any]] = {}
-    for name, (task, items, requests) in asked.items():
-
-        def report(done: int, name: str = name, total: int = len(items)) -> None:
-            if progress is not None:
-                progress(name, done, total)
-
-        texts = generate(model, processor, requests, task.max_new_tokens, batch_size, report)
-        results[name] = {**task.score(items, texts), "n": len(items), "control": control}
+    for one in ask(settings, data):
+        given = Given(len(one))
+        collect(model, processor, settings, one, given, batch_size, progress=progress)
+        measured = one.task.measure(one.items, given.complete(), rules)
+        results[one.name] = scores_of(one, given, measured, settings)
         if predictions:
-            results[name]["predictions"] = [
-                {"id": item.id, "question": item.question, "answer": text, "truth": task.truth(item)}
-                for item, text in zip(items, texts, strict=True)
+            results[one.name]["predictions"] = [
+                {"id": item.id, "question": item.question, "answer": text, "truth": one.task.truth(item)}
+                for item, text in zip(one.items, given.complete(), strict=True)
             ]
     return results
 
 
-def _check(benchmarks: Sequence[str], control: str, limit: int | None, batch_size: int) -> None:
-    """InputError for a value that no run could use."""
-    for name in benchmarks:
-        if name not in TASKS:
-            raise InputError(
-                f"benchmark '{name}' is unknown{did_you_mean(name, TASKS)}.\nThere are {', '.join(TASKS)}."
-            )
-    if control not in CONTROLS:
-        raise InputError(f"control '{control}' is unknown.\nThere are {', '.join(CONTROLS)}.")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}.\nGive 1 or more, or no limit.")
+def evaluate_into(
+    target: Path,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    settings: Settings,
+    data: str | Path,
+    *,
+    about: Mapping[str, Any] | None = None,
+    batch_size: int = BATCH,
+    against: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Writes the result to the file `target` and the answers, as they come, to the folder of that name without .json;
+    returns the result. Called again after an interruption it goes on after the last batch that was answered.
+
+    Args:
+        about: the identity of the model, for the record (see `identity`).
+        against: another result's file: paired differences of all figures.
+
+    Raises:
+        InputError: as `evaluate_model`; answers in that folder under other settings; `against` about other questions.
+        JobError: the disk is full."""
+    _check_size(batch_size)
+    began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    asked = ask(settings, data)
+    other = Other(against, asked) if against is not None else None
+    folder = target.with_suffix("")
+    if target.suffix != ".json" or target.is_dir():
+        raise InputError(f"{target} is no file of JSON.\nGive --out a file NAME.json, or a folder to write into.")
+    facts = describe(model, processor, settings, asked, Path(data))
+    document: dict[str, Any] = {"format": FORMAT, **facts, "predictions": folder.name, "scores": {}}
+    document["model"] = {**(about or {}), **facts["model"]}
+    document["generation"]["batch_size"] = batch_size
+    document["against"] = {"path": str(against), "differences": {}} if other else None
+    with Journal.open(folder, conditions(model, processor, settings, asked), asked) as journal:
+        for one in asked:
+            given = journal.given[one.name]
+            files = Predictions(folder / one.name, one, given)
+            collect(model, processor, settings, one, given, batch_size, journal, files, progress)
+            files.finish()
+            measured = one.task.measure(one.items, given.complete(), settings.rules)
+            document["scores"][one.name] = scores_of(one, given, measured, settings)
+            if other is not None:
+                document["against"]["differences"][one.name] = other.differences(one, measured, settings)
+        document["time"] = {"started": started, "seconds": round(time.monotonic() - began, 2)}
+        write_json(target, document)
+    return document
+
+
+def collect(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    settings: Settings,
+    asked: Asked,
+    given: Given,
+    batch_size: int,
+    journal: Journal | None = None,
+    files: Predictions | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Asks what is not in `given` yet and puts it there, into the journal and into the files of predictions."""
+    if settings.mode == "likelihood":
+        stream = likelihoods(model, processor, asked, batch_size, given)
+    else:
+        stream = generate(model, processor, asked, asked.task.max_new_tokens, batch_size, given)
+    done = len(given)
+    with closing(stream) if done < len(asked) else nullcontext(()) as batches:
+        for batch in batches:
+            for place, found in batch:
+                given.add(place, found)
+            if journal is not None:
+                journal.add(asked.name, batch)
+            if files is not None:
+                files.append(place for place, _ in batch)
+            done += len(batch)
+            if progress is not None:
+                progress(asked.name, done, len(asked))
+
+
+def _check_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}.\nGive 1 or more.")
-
-
-def _request(name: str, item: Item, image: Path | None) -> Request:
-    text = item.question if image is None else f"{PLACEHOLDER}\n{item.question}"
-    return Request((Turn("user", text),), () if image is None else (image,), f"{name}, item '{item.id}'")

@@ -1,57 +1,45 @@
-"""Greedy answers in batches: conversations and images in, the assistant's texts out, in the order given.
+"""Greedy answers, or the likelihood of "Yes" and "No", in batches: questions in, what the model says out.
 
-Scope: left padding, KV cache, stop tokens of the model's own chat template; images are opened when their turn
-comes. Decoding is transformers' `generate`. A LLaVA gets the features of an image once for all questions about it,
-through `mm_encoder_outputs`; any other model goes the whole way through its own processor. Not here: sampling.
+Scope: KV cache, stop tokens of the model's own chat template, how close each answer was to another one. Decoding is
+transformers' `generate`, which knows positions and masks of every model. Likelihoods come from its first forward pass
+alone: the head runs on the last position of each prompt and nothing is generated. Not here: sampling.
 
-Shapes: B batch, S tokens of the longest prompt, N images, T tokens of an image, H hidden size of the LLM.
+Shapes: B batch, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Container, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
-from transformers import GenerationConfig, LlavaProcessor, PreTrainedModel, ProcessorMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 
-from normtune.chat import PLACEHOLDER, Chat, Turn
+from normtune.chat import Chat, Turn
 from normtune.errors import InputError
-from normtune.images import open_image, to_rgb
+from normtune.evaluation.engines import Request, batches, engine_for
 
-# Prompts are sorted by length within this many batches, and the image features of as many are held at once:
-# enough to save padding, few enough for the features of 7B models (576 x 4096 values an image).
-WINDOW = 4
+Mode = Literal["generate", "likelihood"]
+MODES: tuple[Mode, ...] = ("generate", "likelihood")
+CHOICES = ("Yes", "No")
+TIE = 1e-4
+"""A greedy answer is a tie if somewhere the second-best token's logit was that close: another batch may change it."""
 _THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Request:
-    """A conversation that waits for the assistant's turn, its images, and its name for error messages."""
+class Answer:
+    """What a model said: the text, stripped; by how much the best token led where that was least (logits); and, by
+    likelihood, log P of each of CHOICES."""
 
-    turns: tuple[Turn, ...]
-    images: tuple[Image.Image | Path, ...]
-    where: str
-
-    def __post_init__(self) -> None:
-        places = sum(turn.text.count(PLACEHOLDER) for turn in self.turns)
-        if places != len(self.images):
-            raise InputError(
-                f"{self.where}: {places} '{PLACEHOLDER}' in the text for {len(self.images)} image(s).\n"
-                f"Write '{PLACEHOLDER}' once per image."
-            )
-
-    @property
-    def keys(self) -> tuple[Hashable, ...]:
-        """What makes two images the same one: the path, or the object."""
-        return tuple(image if isinstance(image, Path) else id(image) for image in self.images)
+    text: str
+    margin: float
+    log_probabilities: tuple[float, float] | None = None
 
 
 def answer(
@@ -67,7 +55,11 @@ def answer(
     paths that are opened in their turn. Modes and generation settings of the model are left as they were.
     InputError when images and "<image>" do not match, or for a file that is no image."""
     requests = [Request(tuple(turns), tuple(images), f"item {n}") for n, (turns, images) in enumerate(items)]
-    return generate(model, processor, requests, max_new_tokens, batch_size)
+    texts = [""] * len(requests)
+    for batch in generate(model, processor, requests, max_new_tokens, batch_size):
+        for place, found in batch:
+            texts[place] = found.text
+    return texts
 
 
 @torch.inference_mode()
@@ -77,55 +69,118 @@ def generate(
     requests: Sequence[Request],
     max_new_tokens: int,
     batch_size: int,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """As `answer`; `progress` gets the number of requests answered after each batch. Inside, questions about one
-    image are asked near one another and prompts of like length together."""
+    known: Container[int] = (),
+) -> Generator[list[tuple[int, Answer]]]:
+    """Batch by batch the greedy answers with their places in `requests`, without the places in `known`."""
     chat = Chat.from_processor(processor)
-    shared = isinstance(processor, LlavaProcessor) and _takes_features(model)
-    engine: _Shared | _Stock = _Shared(model, processor, chat) if shared else _Stock(model, processor)
-    first_seen: dict[tuple[Hashable, ...], int] = {}
-    ranks = [first_seen.setdefault(request.keys, len(first_seen)) for request in requests]
-    order = sorted(range(len(requests)), key=ranks.__getitem__)
-    texts = [""] * len(requests)
-    done = 0
-    stops = _stops(model, chat)
-    with _plain_greedy(model, processor.tokenizer, stops, max_new_tokens):
-        for window in _chunks(order, WINDOW * batch_size):
-            prepared = dict(zip(window, engine.prepare([requests[i] for i in window], batch_size), strict=True))
-            for batch in _chunks(sorted(window, key=lambda i: prepared[i][0]), batch_size):
-                inputs = engine.inputs([prepared[i][1] for i in batch])
-                width = inputs["input_ids"].shape[1]
-                ids = model.generate(**inputs)[:, width:].tolist()  # [B, up to max_new_tokens]
-                for place, row in zip(batch, ids, strict=True):
-                    texts[place] = _decode(processor.tokenizer, row, stops)
-                done += len(batch)
-                progress(done)
-    return texts
+    stops = stop_tokens(model, chat)
+    with plain_greedy(model, processor.tokenizer, stops, max_new_tokens):
+        for places, inputs in batches(engine_for(model, processor, chat), requests, batch_size, known):
+            width = inputs["input_ids"].shape[1]
+            margins = Margins()
+            ids = model.generate(**inputs, logits_processor=LogitsProcessorList([margins]))[:, width:].tolist()
+            leads = margins.rows()
+            found = []
+            for place, row, lead in zip(places, ids, leads, strict=True):
+                end = next((n for n, token in enumerate(row) if token in stops), len(row))
+                text = processor.tokenizer.decode(row[:end], skip_special_tokens=True)
+                # thoughts in front of an answer are no answer
+                found.append((place, Answer(_THOUGHT.sub("", text).strip(), min(lead[: end + 1], default=0.0))))
+            yield found
 
 
-def _takes_features(model: PreTrainedModel) -> bool:
-    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+@torch.inference_mode()
+def likelihoods(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    requests: Sequence[Request],
+    batch_size: int,
+    known: Container[int] = (),
+) -> Generator[list[tuple[int, Answer]]]:
+    """As `generate`, but the text is the likelier of CHOICES, from one forward pass per batch.
+
+    The log-probabilities are those of the first token in which the two answers differ, as the chat template writes
+    them. InputError where the template puts them apart otherwise."""
+    chat = Chat.from_processor(processor)
+    start, first = choice_tokens(chat)
+    with plain_greedy(model, processor.tokenizer, stop_tokens(model, chat), 1):
+        for places, inputs in batches(engine_for(model, processor, chat), requests, batch_size, known):
+            choice = Choice(first)
+            model.generate(**continued(inputs, start), logits_processor=LogitsProcessorList([choice]))
+            found = []
+            for place, (yes, no) in zip(places, choice.rows(), strict=True):
+                found.append((place, Answer(CHOICES[0] if yes > no else CHOICES[1], abs(yes - no), (yes, no))))
+            yield found
 
 
-def _stops(model: PreTrainedModel, chat: Chat) -> list[int]:
+class Margins(LogitsProcessor):
+    """Changes nothing; notes by how much the best token of each step leads the second."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []  # [B] each
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        best = scores.topk(2, dim=-1).values  # [B, 2]
+        self.steps.append(best[:, 0] - best[:, 1])
+        return scores
+
+    def rows(self) -> list[list[float]]:
+        return torch.stack(self.steps, dim=1).tolist()
+
+
+class Choice(LogitsProcessor):
+    """Changes nothing; keeps the log-probabilities of two tokens at the first step."""
+
+    def __init__(self, tokens: tuple[int, int]) -> None:
+        self.tokens = tokens
+        self.found: torch.Tensor | None = None  # [B, 2]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.found is None:
+            self.found = scores.float().log_softmax(dim=-1)[:, list(self.tokens)]
+        return scores
+
+    def rows(self) -> list[list[float]]:
+        assert self.found is not None
+        return self.found.tolist()
+
+
+def choice_tokens(chat: Chat) -> tuple[list[int], tuple[int, int]]:
+    """The tokens that both CHOICES begin with after a prompt, and the first one of each in which they differ."""
+    question = Turn("user", "?")
+    prompt = chat.prompt([question], [])
+    yes, no = (chat.encode([question, Turn("assistant", text)], []).input_ids for text in CHOICES)
+    common = next((n for n, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), -1)
+    if common < len(prompt) or yes[: len(prompt)] != prompt:
+        raise InputError(
+            "mode likelihood: after this chat template 'Yes' and 'No' do not begin with tokens of their own.\n"
+            "Use --mode generate."
+        )
+    return yes[len(prompt) : common], (yes[common], no[common])
+
+
+def continued(inputs: dict[str, Any], tokens: Sequence[int]) -> dict[str, Any]:
+    """The inputs of a batch with the same tokens after each prompt."""
+    if not tokens:
+        return inputs
+    ids = inputs["input_ids"]
+    more = torch.tensor([list(tokens)], device=ids.device).expand(len(ids), -1)
+    longer = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.shape == ids.shape:  # ids, mask, kinds of tokens (0 is text)
+            kind = {"input_ids": more, "attention_mask": torch.ones_like(more)}.get(name, torch.zeros_like(more))
+            longer[name] = torch.cat([value, kind.to(value.dtype)], dim=1)
+    return longer
+
+
+def stop_tokens(model: PreTrainedModel, chat: Chat) -> list[int]:
     """The template's stop tokens, and those that the model's own settings name (an LLM may have several)."""
     own = getattr(model.generation_config, "eos_token_id", None)
     return sorted({*chat.stop_ids, *([own] if isinstance(own, int) else own or [])})
 
 
-def _decode(tokenizer: Any, ids: list[int], stop_ids: Sequence[int]) -> str:
-    """The text before the first stop token, without a think block in front of it: thoughts are no answer."""
-    end = next((place for place, token in enumerate(ids) if token in stop_ids), len(ids))
-    return _THOUGHT.sub("", tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
-
-
-def _chunks(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (values[start : start + size] for start in range(0, len(values), size))
-
-
 @contextmanager
-def _plain_greedy(
+def plain_greedy(
     model: PreTrainedModel, tokenizer: Any, stop_ids: Sequence[int], max_new_tokens: int
 ) -> Iterator[None]:
     """Evaluation mode and plain greedy search for a while, then everything as before.
@@ -152,90 +207,3 @@ def _plain_greedy(
         model.generation_config = settings
         for module, training in modes:
             module.training = training
-
-
-class _Shared:
-    """A LLaVA with its processor, which turns each image into one run of image tokens and nothing else:
-    features are computed once per image of a window, prompts come from `Chat`."""
-
-    def __init__(self, model: PreTrainedModel, processor: Any, chat: Chat) -> None:
-        self.model, self.processor, self.chat = model, processor, chat
-        self.device = model.get_input_embeddings().weight.device
-        self.pad = processor.tokenizer.pad_token_id or 0
-
-    def prepare(self, requests: Sequence[Request], batch_size: int) -> list[tuple[int, Any]]:
-        """For each request its length in tokens, and (token ids, features [T, H] of its images)."""
-        sources = {
-            key: (image, request.where)
-            for request in reversed(requests)
-            for key, image in zip(request.keys, request.images, strict=True)
-        }
-        features: dict[Hashable, torch.Tensor] = {}
-        for keys in _chunks(list(sources), batch_size):
-            pictures = [_open(*sources[key]) for key in keys]
-            pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-            output = self.model.get_image_features(pixel_values=pixels.to(self.device), return_dict=True)
-            features |= zip(keys, output.pooler_output, strict=True)
-        prepared: list[tuple[int, Any]] = []
-        for request in requests:
-            own = [features[key] for key in request.keys]
-            ids = self.chat.prompt(request.turns, [len(feature) for feature in own])
-            prepared.append((len(ids), (ids, own)))
-        return prepared
-
-    def inputs(self, batch: Sequence[tuple[list[int], list[torch.Tensor]]]) -> dict[str, Any]:
-        """`generate`'s arguments: input_ids and attention_mask [B, S] int64, padded on the left, and features."""
-        width = max(len(ids) for ids, _ in batch)
-        rows = [[self.pad] * (width - len(ids)) + ids for ids, _ in batch]
-        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in batch]
-        features = [feature for _, own in batch for feature in own]
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor(rows, device=self.device),
-            "attention_mask": torch.tensor(mask, device=self.device),
-        }
-        if features:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-        return inputs
-
-
-class _Stock:
-    """Any other model: its processor renders, tokenizes and pads each batch."""
-
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        self.processor = processor
-        self.device = model.get_input_embeddings().weight.device
-
-    def prepare(self, requests: Sequence[Request], batch_size: int) -> list[tuple[int, Any]]:
-        """For each request the length of its text, which stands for its number of tokens, and itself."""
-        return [(sum(len(turn.text) for turn in request.turns), request) for request in requests]
-
-    def inputs(self, batch: Sequence[Request]) -> dict[str, Any]:
-        """`generate`'s arguments as the processor makes them, padded on the left."""
-        encoded = self.processor.apply_chat_template(
-            [_messages(request) for request in batch],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
-        return dict(encoded.to(self.device))
-
-
-def _open(image: Image.Image | Path, where: str) -> Image.Image:
-    return open_image(image, where) if isinstance(image, Path) else to_rgb(image)
-
-
-def _messages(request: Request) -> list[dict[str, Any]]:
-    """The conversation as transformers' list of parts."""
-    pictures = iter(request.images)
-    messages = []
-    for turn in request.turns:
-        content: list[dict[str, Any]] = []
-        for place, text in enumerate(turn.text.split(PLACEHOLDER)):
-            if place:
-                content.append({"type": "image", "image": _open(next(pictures), request.where)})
-            if text.strip("\n"):
-                content.append({"type": "text", "text": text.strip("\n")})
-        messages.append({"role": turn.role, "content": content})
-    return messages

@@ -1,6 +1,6 @@
 """Which questions are asked, and which image each of them is shown.
 
-Scope: a fair part of a benchmark (`select`) and the controls `blind` and `shuffled`. Everything is drawn from a
+Scope: a fair part of a benchmark (`select`) and the baselines `blind` and `shuffled`. Everything is drawn from a
 seed with Python's own generator, so training's random state is not touched. Not here: opening images.
 """
 
@@ -15,8 +15,8 @@ from typing import Literal
 from normtune.errors import InputError
 from normtune.tasks import Item
 
-Control = Literal["none", "blind", "shuffled"]
-CONTROLS: tuple[Control, ...] = ("none", "blind", "shuffled")
+Baseline = Literal["none", "blind", "shuffled"]
+BASELINES: tuple[Baseline, ...] = ("none", "blind", "shuffled")
 
 
 def select(items: Sequence[Item], limit: int | None, seed: int = 0) -> list[Item]:
@@ -42,11 +42,11 @@ def select(items: Sequence[Item], limit: int | None, seed: int = 0) -> list[Item
     return [items[place] for place in sorted(taken)]
 
 
-def images_shown(name: str, items: Sequence[Item], control: Control, seed: int = 0) -> list[Path | None]:
-    """The image that each item of benchmark `name` is shown under `control`, None for no image.
+def images_shown(name: str, items: Sequence[Item], baseline: Baseline, seed: int = 0) -> list[Path | None]:
+    """The image that each item of benchmark `name` is shown under `baseline`, None for no image.
 
     InputError, before anything is asked, when a file that is needed is missing."""
-    if control == "blind":
+    if baseline == "blind":
         return [None] * len(items)
     needed: dict[Path, Item] = {}
     for item in items:
@@ -58,7 +58,7 @@ def images_shown(name: str, items: Sequence[Item], control: Control, seed: int =
             f"{name}, item '{needed[missing[0]].id}': no image {missing[0]} "
             f"({len(missing)} of {len(needed)} images are missing).\nPut the benchmark's images there."
         )
-    if control == "none" or not needed:
+    if baseline == "none" or not needed:
         return [item.image for item in items]
     other = shuffled_images(list(needed), seed)
     return [None if item.image is None else other[item.image] for item in items]
@@ -80,7 +80,7 @@ def shuffled_images(images: Sequence[Path], seed: int = 0) -> dict[Path, Path]:
     if len(pictures) < 2:
         raise InputError(
             f"{images[0].parent}: fewer than two distinct images, so none can be exchanged.\n"
-            "Raise the limit, or leave the control 'shuffled' out."
+            "Raise the limit, or leave the baseline 'shuffled' out."
         )
     cycle = sorted(pictures.values())
     random.Random(seed).shuffle(cycle)
