@@ -16,7 +16,6 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from asked import IMAGES, picture, write_benchmarks
-from models import CHATML, tiny_tokenizer
 from normtune.chat import Chat, Turn
 from normtune.errors import InputError
 from normtune.evaluation import answer, answering, engines, evaluate_model, select, shuffled_images
@@ -106,42 +105,6 @@ def test_an_image_is_opened_and_encoded_once(pair: Any, data: Path, monkeypatch:
     monkeypatch.setattr(type(pair[0]), "get_image_features", count_features)
     evaluate_model(*pair, ["pope"], data)
     assert set(opened.values()) == {1} and len(opened) == IMAGES and encoded == [IMAGES]
-
-
-def test_another_architecture_through_its_own_processor(llm_folder: Path, vision_folder: Path) -> None:
-    from transformers import AutoConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
-    tokenizer = tiny_tokenizer(CHATML, image=True)
-    square = {"height": 32, "width": 32}
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size=square, image_grid_pinpoints=[[32, 64], [64, 32]]
-    )
-    parts = CHATML.replace(
-        "message['content']",
-        "(message['content'] | map(attribute='text', default='<image>\n') | join)",
-    )
-    processor = LlavaNextProcessor(
-        images,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        chat_template=parts,
-        num_additional_image_tokens=1,
-    )
-    config = LlavaNextConfig(
-        text_config=AutoConfig.from_pretrained(llm_folder, vocab_size=len(tokenizer)),
-        vision_config=AutoConfig.from_pretrained(vision_folder).vision_config,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_grid_pinpoints=[[32, 64], [64, 32]],
-    )
-    torch.manual_seed(0)
-    model = LlavaNextForConditionalGeneration(config).eval()
-    tokenizer.padding_side = "right"
-    wide = [([Turn("user", "<image>\nWhat" + " now" * k)], [picture(k).resize((80, 40))]) for k in range(5)]
-    one_by_one = answer(model, processor, wide, 8, batch_size=1)
-    assert answer(model, processor, wide, 8, batch_size=5) == one_by_one
-    assert tokenizer.padding_side == "right"
 
 
 def test_bfloat16(mllm_folder: Path) -> None:

@@ -17,7 +17,7 @@ RANKS = {
     "errors": -1,
     "layers": -1,
     **dict.fromkeys(("recipe", "structure", "chat", "kernels", "tasks", "runlog", "progress", "images"), 0),
-    **dict.fromkeys(("data", "encoders", "model", "pretrained", "probes", "templates", "skeletons"), 1),
+    **dict.fromkeys(("data", "encoders", "model", "pretrained", "probes", "processors", "templates", "skeletons"), 1),
     "strategy": 2,
     **dict.fromkeys(("adapter", "step", "tuned", "checkpoint", "accounting", "features", "flops", "memory"), 3),
     **dict.fromkeys(("training", "evaluation", "world"), 4),
@@ -26,9 +26,10 @@ RANKS = {
 }
 # Neighbours of one rank that may be used by another of that rank: parts of one room that outgrew one file.
 WITHIN = {
-    "model": {"encoders", "pretrained", "probes", "templates"},
+    "model": {"encoders", "pretrained", "probes", "processors", "templates"},
     "encoders": {"pretrained"},
     "probes": {"pretrained"},
+    "processors": {"pretrained"},
     "templates": {"pretrained"},
     "skeletons": {"model", "pretrained"},
     "tuned": {"adapter"},

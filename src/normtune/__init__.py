@@ -93,12 +93,14 @@ def train(recipe: Any, **options: Any) -> Any:
 
     Paths such as `world:train/align.json` name the files of the embedded world.
     """
+    from normtune.evaluation.during import during_training
     from normtune.recipe import load_recipe, override_texts
     from normtune.training import train as run
     from normtune.world import resolve
 
-    own = {key: options.pop(key) for key in ("out", "resume", "quiet") if key in options}
-    return run(resolve(load_recipe(recipe, override_texts(options))), **own)
+    own = {key: options.pop(key) for key in ("out", "resume", "quiet", "evaluate") if key in options}
+    located = resolve(load_recipe(recipe, override_texts(options)))
+    return run(located, **{"evaluate": during_training(located), **own})
 
 
 def plan(recipe: Any, **overrides: Any) -> Any:

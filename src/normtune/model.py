@@ -21,7 +21,6 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
     LlavaConfig,
@@ -40,6 +39,7 @@ from normtune.errors import InputError
 from normtune.kernels import keep_differentiable
 from normtune.pretrained import CHECKED, TRUSTED, check_complete, locate, read_config, reading, torch_dtype, weights_in
 from normtune.probes import Features, check_text, probe_encoder, probe_llm
+from normtune.processors import load_processor
 from normtune.runlog import atomic_folder
 from normtune.structure import dissect
 from normtune.templates import IMAGE_TOKEN
@@ -118,8 +118,7 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", *, known: Feature
             f"model {path} ({config.model_type}) takes no images.\nTo give a text LLM eyes, name it as `llm` and a "
             "vision encoder as `vision`; `path` is for a model that has both."
         )
-    with reading("processor of model", source):
-        processor = AutoProcessor.from_pretrained(source, **TRUSTED)
+    processor = load_processor(source, config)
     if not all(hasattr(processor, part) for part in ("tokenizer", "image_processor")):
         raise InputError(
             f"model {path} has no processor (processor_config.json, tokenizer files).\nCopy or download them as well."

@@ -44,7 +44,8 @@ def verdict(result: dict[str, Any]) -> str:
         return "Quick run: a few steps on a few questions; the figures mean nothing."
     worst = max(result["baselines"]["gaps"].items(), key=lambda item: item[1])
     if result["baselines"]["within"]:
-        return f"Baselines hold: without the right image the model is within .05 of chance (largest gap {worst[1]:.3f})."
+        gap = f"(largest gap {worst[1]:.3f})"
+        return f"Baselines hold: without the right image the model is within .05 of chance {gap}."
     return f"Baselines do NOT hold: {worst[0]} is {worst[1]:.3f} from chance; the questions leak their answers."
 
 

@@ -27,11 +27,13 @@ def train(
 
     resolved = load_recipe(recipe, overrides or [])
     quiet_libraries()
+    from normtune.evaluation.during import during_training
     from normtune.runlog import read_lines
     from normtune.training import train as run_training
     from normtune.world import resolve
 
-    trained = run_training(resolve(resolved), out=out, resume=resume)
+    located = resolve(resolved)
+    trained = run_training(located, out=out, resume=resume, evaluate=during_training(located))
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
         return
     size = sum(path.stat().st_size for path in (trained.folder / "adapter").rglob("*") if path.is_file())

@@ -140,11 +140,13 @@ class Stock:
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.processor = processor
         self.device = model.get_input_embeddings().weight.device
+        own = getattr(processor, "chat_template", None)
+        self.template = {} if own else {"chat_template": processor.tokenizer.chat_template}
 
     def text(self, request: Request) -> str:
         """The prompt as the template writes it, before the processor puts in the tokens of an image."""
-        messages = _messages(request)
-        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        options = {**self.template, "add_generation_prompt": True, "tokenize": False}
+        return str(self.processor.apply_chat_template(_messages(request), **options))
 
     def prepare(self, requests: Sequence[Request], batch_size: int) -> list[tuple[int, Any]]:
         """For each request the length of its text, which stands for its number of tokens, and itself."""
@@ -154,6 +156,7 @@ class Stock:
         """`generate`'s arguments as the processor makes them, padded on the left."""
         encoded = self.processor.apply_chat_template(
             [_messages(request) for request in batch],
+            **self.template,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

@@ -95,6 +95,9 @@ class Stage(Node):
     activations: Literal["exact", "8bit"] = Field("exact", description="what MLPs keep for backward; 8bit: int8")
     checkpoint_activations: bool = Field(False, description="recompute activations in backward: less memory, slower")
     lora: Lora = Field(Lora(), description="options of the lora part")
+    evaluate_every: PositiveInt | None = Field(
+        None, description="score the model as `evaluate` says every N steps, and after the last one"
+    )
 
     @model_validator(mode="after")
     def known_names(self) -> Stage:
@@ -119,11 +122,16 @@ class Evaluation(Node):
     data: str = Field(description="folder with the benchmarks in their official layouts")
     dev: str | None = Field(None, description="the same for development: choose settings here, not on `data`")
     limit: PositiveInt | None = Field(None, description="items per benchmark")
+    keep_best: str | None = Field(
+        None, description="with evaluate_every: keep the best adapter by this score (pope, mme.perception, ...)"
+    )
 
     @model_validator(mode="after")
     def known_names(self) -> Evaluation:
         for name in self.benchmarks:
             check_name(name, BENCHMARKS, "benchmark")
+        if self.keep_best is not None:
+            check_name(self.keep_best.partition(".")[0], self.benchmarks, "keep_best")
         return self
 
 
@@ -159,6 +167,8 @@ class Recipe(Node):
         if len(set(names)) != len(names):
             raise ValueError(f"two stages have the same name: {', '.join(names)}; give each its own")
         parse_interval(self.save_every)
+        if self.evaluate is None and any(stage.evaluate_every for stage in self.stages):
+            raise ValueError("evaluate_every needs an `evaluate` section: which benchmarks, where their files are")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise ValueError(f"device {self.device!r} is unknown; use auto, cpu, cuda, cuda:0 or mps")
         return self

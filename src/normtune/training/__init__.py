@@ -18,9 +18,10 @@ from normtune.adapter import save_adapter
 from normtune.checkpoint import check_same, list_checkpoints
 from normtune.errors import InputError
 from normtune.progress import say
-from normtune.recipe import Recipe, load_recipe, override_texts, recipe_hash
+from normtune.recipe import Recipe, load_recipe, override_texts
 from normtune.runlog import Run
 from normtune.strategy import Report, restore
+from normtune.training.evaluating import Evaluate, base_facts
 from normtune.training.loop import Interrupted, apply_stage, interruptible, run_stage
 from normtune.training.starting import check_lora_order, recover, start
 from normtune.tuned import attach_encoder, open_tuned
@@ -45,11 +46,14 @@ def train(
     out: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
+    evaluate: Evaluate | None = None,
     **overrides: Any,
 ) -> Trained:
     """Runs every stage of a recipe; leaves `runs/NAME` (or `out`) with log, checkpoints and adapter.
 
     Args:
+        evaluate: what stages with `evaluate_every` call: (model, processor) -> scores by name (see
+            `normtune.evaluation.during.during_training`).
         overrides: recipe keys by dotted name, e.g. `seed=1`, `**{"stages.1.learning_rate": 1e-4}`.
 
     Raises:
@@ -69,6 +73,7 @@ def train(
         return Trained(run.folder, tuned.model, tuned.processor, None, 0.0)
     fresh = not run.folder.exists()
     loop = start(recipe, run, resume, quiet)
+    loop.evaluate = evaluate
     report = None
     try:
         with interruptible(loop.stop):
@@ -85,11 +90,7 @@ def train(
     if report is None:  # resumed after the last step: the adapter still says which strategy it is of
         report = apply_stage(loop, recipe.stages[-1])
     if loop.accelerator.is_main_process:
-        facts: dict[str, Any] = {
-            "base": {"model": recipe.model.model_dump(), "seed": recipe.seed},
-            "recipe": recipe_hash(recipe),
-        }
-        save_adapter(loop.model, run.adapter, **facts)
+        save_adapter(loop.model, run.adapter, **base_facts(recipe))
         seconds = time.monotonic() - began
         loop.log({"event": "end", "seconds": round(seconds, 2)})
         loop.say(f"adapter written to {run.adapter}")

@@ -27,6 +27,7 @@ from normtune.runlog import Run
 from normtune.step import Guard, add_throughput, description, make_optimizer, note_of, take_step
 from normtune.strategy import Report, apply, compile_blocks, lean, restore, tuning
 from normtune.training.batching import Batches, choose_packing, steps_of
+from normtune.training.evaluating import Evaluate, evaluate_if_due
 
 
 class Interrupted(NormtuneError):
@@ -47,6 +48,7 @@ class Loop:
     mixtures: list[Mixture]
     quiet: bool
     prepared: Prepared | None = None
+    evaluate: Evaluate | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
 
@@ -126,6 +128,7 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
             loop.log({"stage": stage.name, "step": step + 1, **record}, step=earlier + step + 1)
             bar.update(step + 1, note_of(record))
             guard.check(step + 1, record)
+            evaluate_if_due(loop, stage, step + 1, total, earlier + step + 1)
             keep_safe(loop, optimizer, index, step + 1, total)
     if stage.checkpoint_activations:
         loop.model.gradient_checkpointing_disable()  # type: ignore[operator]

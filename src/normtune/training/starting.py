@@ -46,7 +46,8 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     mixtures = [Mixture(stage.data) for stage in recipe.stages]
     prepared = prepare_features(recipe, mixtures, quiet=quiet)
     accelerator.wait_for_everyone()  # all look at what is stored before one of them adds to it
-    model, processor = build(recipe.model, recipe.seed, prepared.known if prepared else None)
+    looks = any(stage.evaluate_every for stage in recipe.stages)  # an evaluation on the way needs the encoder
+    model, processor = build(recipe.model, recipe.seed, prepared.known if prepared and not looks else None)
     for stage in recipe.stages:
         check_rates(stage, check(model, stage.strategy, stage.lora.targets))
     if recipe.start_from is not None:
