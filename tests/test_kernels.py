@@ -14,6 +14,7 @@ from normtune.adapter import load_adapter, merge, save_adapter
 from normtune.errors import InputError
 from normtune.kernels.attention import LeanAttention, additive, repeat
 from normtune.kernels.functions import kept, quantize
+from normtune.kernels.lean import swap
 from normtune.kernels.mlp import find_mlp
 from normtune.strategy import apply, lean, restore
 from stubs import inputs, llava, text_model
@@ -213,3 +214,45 @@ def test_copies_generation_and_checkpointing() -> None:
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), wanted)
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(model, plain.train(), inputs(model))
+
+
+class Clamped(nn.Module):
+    """An MLP that bounds its gate: DeepSeek V4's and GLM 5's do, at 10."""
+
+    def __init__(self, limit: float = 10.0) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.act, self.limit = nn.SiLU(), limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.gate_proj(x).clamp(max=self.limit)
+        return self.down_proj(self.act(gate) * self.up_proj(x))
+
+
+def test_a_clamp_that_small_values_do_not_reach_is_seen() -> None:
+    assert find_mlp(Clamped()) is None
+    assert find_mlp(Clamped(limit=torch.inf)) is not None
+
+
+def test_mlps_that_print_alike_are_told_apart() -> None:
+    model = nn.ModuleList([Clamped(limit=torch.inf), Clamped(limit=1.0)])
+    x = 10 * torch.randn(4, 32)
+    before = [layer(x) for layer in model]
+    assert swap(model, {}, ["0", "1"], []).mlps == 1
+    assert all(torch.equal(layer(x), y) for layer, y in zip(model, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_lean_under_autocast_on_a_float32_base(name: str) -> None:
+    model = zoo.model(name)
+    apply(model, "layernorm-simple")
+    batch = zoo.batch(name)
+    gains = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for leaned in (False, True):
+        if leaned:
+            lean(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch).logits.float().square().mean()
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, gains)]))
+    assert (found[1] - found[0]).norm() <= 0.03 * found[0].norm()

@@ -429,9 +429,23 @@ def raise_input_error(*arguments: Any) -> None:
     raise InputError("a broken image")
 
 
+def test_an_encoder_that_a_later_stage_trains_is_loaded_although_features_are_stored(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NORMTUNE_CACHE", str(tmp_path / "cache"))
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "Nothing at all."}]
+    (tmp_path / "text.json").write_text(json.dumps([{"conversations": talk}] * 8))
+    first, second = recipe["stages"]
+    first.update(cache_features=True, max_steps=1)
+    second.update(data=[{"path": str(tmp_path / "text.json")}], strategy=["vision_norms", "norms"], max_steps=1)
+    for name in ("filling", "complete"):
+        train(recipe, out=tmp_path / name, quiet=True)
+    assert_same(adapter(tmp_path / "filling"), adapter(tmp_path / "complete"))
+
+
 @pytest.mark.heavy
 def test_two_processes_give_the_losses_of_one(recipe: dict[str, Any], tmp_path: Path) -> None:
-    recipe["device"] = "cpu"
+    recipe.update(device="cpu", save_every="0.0001m")  # late at every step, by a clock that all go by
     for stage in recipe["stages"]:  # 24 samples in batches of 23: one process is idle in every second step
         stage["batch_size"] = 23
     train(recipe, out=tmp_path / "one", quiet=True)

@@ -1,7 +1,7 @@
 """Checkpoints of a training: complete or absent, without pickle, never the frozen base.
 
 On disk `checkpoints/STAGE-STEP/`: `tensors.safetensors` (tuned parameters under `p.`, AdamW's moments under `m.` and
-`v.`, its steps under `s.`, the random state under `rng`) and `state.json`. Not here: when to write one (training/).
+`v.`, its steps under `s.`) and `state.json`. Not here: when to write one (training/).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         JobError: the disk is full; nothing half-written stays.
     """
     state = tuning(model)
-    tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         if plain(name) in state.tuned or parameter.requires_grad:
             tensors["p." + plain(name)] = parameter.detach().cpu().contiguous()
@@ -110,15 +110,14 @@ def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: P
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """AdamW's moments and counts of steps, and the random state, as they were."""
+    """AdamW's moments and counts of steps, as they were."""
     for name, parameter in model.named_parameters():
         if "m." + plain(name) in tensors and parameter.requires_grad:
             optimizer.state[parameter] = {
-                "step": tensors["s." + plain(name)].reshape(()),
+                "step": tensors["s." + plain(name)].reshape(()).to(parameter.device),  # where fused AdamW wants it
                 "exp_avg": tensors["m." + plain(name)].to(parameter.device),
                 "exp_avg_sq": tensors["v." + plain(name)].to(parameter.device),
             }
-    torch.set_rng_state(tensors["rng"])
 
 
 def check_same(recipe: Recipe, run: Run) -> None:

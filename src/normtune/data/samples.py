@@ -214,11 +214,16 @@ class Mixture:
         self._last: tuple[tuple[int, int], list[int]] | None = None
 
     def __len__(self) -> int:
-        """The number of different samples; an epoch has `len(mixture.order(seed, epoch))`."""
+        """The number of different samples; an epoch has `per_epoch`."""
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
+
+    @property
+    def per_epoch(self) -> int:
+        """The number of samples in an epoch."""
+        return sum(wanted for _, _, wanted in self._parts)
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """The indices of one epoch in their order: the same for the same seed and epoch, wherever it runs."""

@@ -58,6 +58,8 @@ class Store:
     def tokens(self) -> int:
         """Tokens of an image in the LLM's sequence. JobError before anything is stored."""
         if "tokens" not in self.facts:
+            self.refresh()  # another process may have filled it
+        if "tokens" not in self.facts:
             raise JobError(f"feature cache {self.folder} is empty: fill it before samples are encoded")
         return int(self.facts["tokens"])
 

@@ -229,12 +229,18 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """An attention function of transformers, (B, h, S, D) -> (B, S, h, D): lean for marked modules, else `theirs`."""
     lengths = current() if query.shape[0] == 1 else None
+    if torch.is_autocast_enabled(query.device.type):  # which casts what it knows, F.sdpa and no other operator
+        low = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t.to(low) for t in (query, key, value))
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(low)
     causal = attention_mask is None and (is_causal if is_causal is not None else getattr(module, "is_causal", True))
     lean = (
         vars(module).get(MARK)
         and dropout == 0.0
         and query.shape[2] == key.shape[2] > 1
         and query.shape[3] == value.shape[3]
+        and query.dtype != torch.float64  # whose log-sum-exp would have to be another
     )
     lean = lean and not any(options.get(key) is not None for key in ("position_bias", "cache", "softcap"))
     lean = lean and (causal or attention_mask is not None or (lengths is None and not query.is_cuda))

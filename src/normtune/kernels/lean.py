@@ -68,14 +68,17 @@ def swap(
         centred, offset = formula.kind.startswith("layernorm"), float("1+g" in formula.kind)
         replace(module, Lean, norm_forward, centred, offset, formula.eps or 0.0)
         done.norms += 1
-    known: dict[str, MLP | None] = {}
+    known: dict[tuple[str, str], MLP | None] = {}
     for name in mlps:
         module = model.get_submodule(name)
         if is_linear(module):  # the MLP is not a module of its own
             continue
-        if str(module) not in known:
-            known[str(module)] = find_mlp(module)
-        found = known[str(module)]
+        # what a module prints does not say all that it computes by (Gemma 3n: how sparse this layer's MLP is)
+        facts = {k: v for k, v in vars(module).items() if isinstance(v, int | float | str) and k != "training"}
+        kind = str(module), repr(facts)
+        if kind not in known:
+            known[kind] = find_mlp(module)
+        found = known[kind]
         if found is None or not is_plain(module):
             left[f"{type(module).__name__}: not recognized as an MLP"] += 1
             continue

@@ -86,7 +86,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         hidden, weight, bias = ctx.saved_tensors
         return (
-            None if hidden is None else hidden * grads[0].to(hidden.dtype),
+            None if hidden is None else (hidden.float() * grads[0]).to(hidden.dtype),
             None if weight is None else weight.mul_(grads[0]).to(ctx.dtypes[0]),
             None if bias is None else bias.mul_(grads[0]).to(ctx.dtypes[1]),
             None,

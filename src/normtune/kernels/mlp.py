@@ -58,7 +58,7 @@ def find_mlp(module: nn.Module) -> MLP | None:
         twin = make_twin(module, linears)
         if twin is None:
             return None
-        x = torch.randn(3, HIDDEN)
+        x = torch.cat([torch.randn(3, HIDDEN), 1e4 * torch.randn(3, HIDDEN)])  # large ones show clamps
         try:
             torch.manual_seed(1)  # so that dropout shows where it is
             wanted = type(module).forward(twin, x)

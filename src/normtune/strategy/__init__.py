@@ -9,7 +9,7 @@ how fp32 parameters run in a bf16 model (kernels), optimizers (step).
 """
 
 from normtune.strategy.applying import Report, apply, check, is_offloaded, parameter_groups
-from normtune.strategy.leaning import compile_blocks, lean, restore
+from normtune.strategy.leaning import checkpoint, compile_blocks, lean, restore
 from normtune.strategy.lora import LORA_NAME, add_lora, is_trained, remove_lora
 from normtune.strategy.moving import Movement, check_step_size, movement
 from normtune.strategy.packing import can_pack, pack_length, prefers_packing
@@ -50,6 +50,7 @@ __all__ = [
     "changed",
     "check",
     "check_step_size",
+    "checkpoint",
     "compile_blocks",
     "count",
     "hold_base",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from normtune import kernels
 from normtune.errors import InputError
 from normtune.kernels import Swaps
 from normtune.kernels.compiling import compile_each, no_compiler, uncompile
+from normtune.kernels.segments import recomputed
 from normtune.layers import unwrapped
 from normtune.strategy.state import swap_forwards, tuning
 
@@ -59,6 +60,22 @@ def compile_blocks(model: nn.Module, dynamic: bool = True) -> str | None:
         return f"compile: the blocks run without it: {why}"
     compile_each(blocks, dynamic)
     return None
+
+
+def checkpoint(model: nn.Module, on: bool) -> None:
+    """Activation checkpointing of each block, in packed rows too; or takes it away.
+
+    Raises:
+        InputError: the model has none.
+    """
+    model = unwrapped(model)
+    verb = "enable" if on else "disable"
+    # the name of transformers before and after 5.20 or so; the older one warns where both exist
+    names = [f"{what}_checkpointing_{verb}" for what in ("activation", "gradient")]
+    switch: Any = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if switch is None or not getattr(model, "supports_gradient_checkpointing", True):
+        raise InputError(f"{type(model).__name__} has no activation checkpointing; set checkpoint_activations: false")
+    switch(*([{"use_reentrant": False, "context_fn": recomputed}] if on else []))
 
 
 def restore(model: nn.Module) -> None:

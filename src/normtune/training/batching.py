@@ -49,7 +49,7 @@ class Batches:
 
 def steps_of(stage: Stage, mixture: Mixture) -> tuple[int, int]:
     """Optimizer steps of an epoch, and of the stage."""
-    per_epoch = math.ceil(len(mixture.order(0, 0)) / stage.batch_size)
+    per_epoch = math.ceil(mixture.per_epoch / stage.batch_size)
     return per_epoch, stage.max_steps or stage.epochs * per_epoch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -20,12 +22,11 @@ from normtune.data import Collator, Mixture
 from normtune.errors import NormtuneError
 from normtune.features import Prepared
 from normtune.flops import count_flops, peak_rate
-from normtune.kernels.segments import recomputed
 from normtune.progress import Bar, say
 from normtune.recipe import Recipe, Stage, parse_interval
 from normtune.runlog import Run
 from normtune.step import Guard, add_throughput, description, make_optimizer, note_of, take_step
-from normtune.strategy import Report, apply, compile_blocks, lean, restore, tuning
+from normtune.strategy import Report, apply, checkpoint, compile_blocks, lean, restore, tuning
 from normtune.training.batching import Batches, choose_packing, steps_of
 from normtune.training.evaluating import Evaluate, evaluate_if_due
 
@@ -103,8 +104,6 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     if first_step:
         path = loop.run.checkpoints / f"{stage.name}-{first_step}"
         load_optimizer(loop.model, optimizer, read_tensors(path))
-    else:
-        torch.manual_seed(seed)
     several = loop.accelerator.num_processes > 1
     # everything is where it belongs; an encoder without weights could not be moved
     model = loop.accelerator.prepare_model(loop.model, device_placement=False) if several else loop.model
@@ -122,6 +121,7 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
             began = time.perf_counter()
             ready, ahead = ahead.result(), pool.submit(batches, step + 1) if step + 1 < total else None
             waited = time.perf_counter() - began
+            torch.manual_seed(seed_of(seed, step, loop.accelerator.process_index))
             record = take_step(loop.accelerator, model, optimizer, ready, stage, step, total)
             add_throughput(record, waited, flops, peak)
             guard.measure(step + 1, record)
@@ -131,10 +131,15 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
             evaluate_if_due(loop, stage, step + 1, total, earlier + step + 1)
             keep_safe(loop, optimizer, index, step + 1, total)
     if stage.checkpoint_activations:
-        loop.model.gradient_checkpointing_disable()  # type: ignore[operator]
+        checkpoint(loop.model, on=False)
     counts = dict(batches.collator.counts)
     loop.log({"event": "stage end", "stage": stage.name, "data": counts, "movement": guard.last})
     return report
+
+
+def seed_of(seed: int, step: int, process: int) -> int:
+    """Of dropout in a step: a resumed run draws what it would have drawn, and each process its own."""
+    return int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0])
 
 
 def prepare_stage(loop: Loop, index: int) -> tuple[Batches, list[str]]:
@@ -147,12 +152,12 @@ def prepare_stage(loop: Loop, index: int) -> tuple[Batches, list[str]]:
     restore(model)  # an earlier stage may have been compiled
     swaps = lean(model, stage.activations)
     notes = [f"not lean: {what}" for what in swaps.left]
-    if stage.compile and (warning := compile_blocks(model)):
-        notes.append(warning)
+    if stage.compile:
+        notes.append(compile_blocks(model) or "the first steps compile the blocks")
     if stage.checkpoint_activations:
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputed})  # type: ignore[operator]
+        checkpoint(model, on=True)
     pack, why = choose_packing(model, stage, loop.accelerator.device)
-    notes += [why] if why else []
+    notes += [why or f"packed rows of up to {pack:,} tokens"] if why or pack else []
     store = loop.prepared.store if loop.prepared is not None and stage.cache_features else None
     collator = Collator(loop.processor, stage.max_length, store)
     at, of = loop.accelerator.process_index, loop.accelerator.num_processes
@@ -170,12 +175,15 @@ def peak_of(loop: Loop) -> float | None:
 def keep_safe(loop: Loop, optimizer: torch.optim.Optimizer, index: int, step: int, total: int) -> None:
     """Writes a checkpoint when one is due, when the stage ends, and when the run is interrupted."""
     steps, seconds = parse_interval(loop.recipe.save_every)
-    stop, finished = loop.stop.is_set(), step == total
-    due = step % steps == 0 if steps else time.monotonic() - loop.saved > (seconds or 0)
-    if not (due or finished or stop):
+    main, finished = loop.accelerator.is_main_process, step == total
+    late = main and time.monotonic() - loop.saved > (seconds or math.inf)
+    # one clock, and one signal for all: a process that goes on alone would wait for the others for ever
+    asked = torch.tensor([late, loop.stop.is_set()], dtype=torch.long, device=loop.accelerator.device)
+    late, stop = (count > 0 for count in loop.accelerator.reduce(asked).tolist())
+    if not (late or finished or stop or (steps and step % steps == 0)):
         return
     stage = loop.recipe.stages[index]
-    if loop.accelerator.is_main_process:
+    if main:
         lora = tuning(loop.model).lora
         position = Position(index, stage.name, step, finished, lora)
         save_checkpoint(loop.run.checkpoints, loop.model, optimizer, position)

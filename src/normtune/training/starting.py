@@ -19,7 +19,7 @@ from normtune.step import check_rates
 from normtune.strategy import check
 from normtune.training.batching import choose_packing
 from normtune.training.loop import Loop, apply_stage
-from normtune.tuned import build, move
+from normtune.tuned import attach_encoder, build, move
 
 
 def check_lora_order(recipe: Recipe) -> None:
@@ -49,7 +49,10 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     looks = any(stage.evaluate_every for stage in recipe.stages)  # an evaluation on the way needs the encoder
     model, processor = build(recipe.model, recipe.seed, prepared.known if prepared and not looks else None)
     for stage in recipe.stages:
-        check_rates(stage, check(model, stage.strategy, stage.lora.targets))
+        parts = check(model, stage.strategy, stage.lora.targets)
+        check_rates(stage, parts)
+        if any(parameter.is_meta for part in parts.values() for parameter in part):
+            attach_encoder(model, recipe.model)  # left out since features are stored, but trained in a later stage
     if recipe.start_from is not None:
         finished_first_stage(recipe, Path(recipe.start_from))
     move(model, accelerator.device)
