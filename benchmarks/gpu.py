@@ -30,6 +30,7 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.ceilings import ceilings, synchronize
 from benchmarks.workload import (
     IGNORED,
+    GivenFeatures,
     Method,
     Sample,
     Shape,
@@ -73,14 +74,15 @@ def flops_of(shape: Shape, row: Row) -> Flops:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(shape.config())
     trains = row.trains if isinstance(row.trains, str) else list(row.trains)
+    model.model.vision_tower = GivenFeatures()
     apply(model, trains, rank=row.rank)
     return count_flops(model)
 
 
-def normtune(compiled: bool, count: int, dense: bool, **options: Any) -> Callable[[Shape, torch.device], Method]:
+def our_row(compiled: bool, count: int, dense: bool, **options: Any) -> Callable[[Shape, torch.device], Method]:
     """One micro-batch of `count` samples: packed, or where all are of one length (`dense`) as rows."""
     layout = padded if dense else packed
-    return lambda shape, device: ours("", base(shape, device), count, layout, compiled=compiled, **options)
+    return lambda shape, device: ours(base(shape, device), count, layout, compiled=compiled, **options)
 
 
 def rows(counts: dict[str, int]) -> list[Row]:
@@ -88,33 +90,33 @@ def rows(counts: dict[str, int]) -> list[Row]:
     a, c = counts["A"], counts["C"]
     lora = {"strategy": ["lora"], "rank": 16, "alpha": 32, "dropout": 0.0}
     return [
-        Row("normtune compiled", "A", normtune(True, a, dense=False)),
-        Row("normtune eager", "A", normtune(False, a, dense=False)),
-        Row("PEFT LNTuning", "A", lambda s, d: theirs("", peft_norms(base(s, d))), packs=False),
+        Row("normtune compiled", "A", our_row(True, a, dense=False)),
+        Row("normtune eager", "A", our_row(False, a, dense=False)),
+        Row("PEFT LNTuning", "A", lambda s, d: theirs(peft_norms(base(s, d))), packs=False),
         Row(
             "PEFT LoRA r 64, dropout .05",
             "A",
-            lambda s, d: theirs("", peft_lora(base(s, d))),
+            lambda s, d: theirs(peft_lora(base(s, d))),
             packs=False,
             trains=("lora",),
         ),
         Row(
             "strong LoRA: r 16, no dropout, compiled, packed",
             "A",
-            normtune(True, a, dense=False, **lora),
+            our_row(True, a, dense=False, **lora),
             trains=("lora",),
             rank=16,
         ),
-        Row("normtune compiled", "C", normtune(True, c, dense=True)),
-        Row("normtune eager", "C", normtune(False, c, dense=True)),
+        Row("normtune compiled", "C", our_row(True, c, dense=True)),
+        Row("normtune eager", "C", our_row(False, c, dense=True)),
         Row("PEFT LNTuning, fp32 gains, autocast", "A", autocast_norms, packs=False),
-        Row("normtune eager, 8-bit gate and up", "A", normtune(False, a, dense=False, activations="8bit")),
-        Row("full finetuning", "A", normtune(True, a, dense=False, strategy="full"), trains="full"),
+        Row("normtune eager, 8-bit gate and up", "A", our_row(False, a, dense=False, activations="8bit")),
+        Row("full finetuning", "A", our_row(True, a, dense=False, strategy="full"), trains="full"),
     ]
 
 
 def autocast_norms(shape: Shape, device: torch.device) -> Method:
-    return theirs("", peft_norms(base(shape, device), fp32=True), torch.bfloat16)
+    return theirs(peft_norms(base(shape, device), fp32=True), torch.bfloat16)
 
 
 def workload(shape: Shape, name: str, step: int) -> list[Sample]:
@@ -159,16 +161,13 @@ def time_row(row: Row, shape: Shape, device: torch.device) -> dict[str, Any]:
     moved = [bool((p.detach() != before[n]).any()) for n, p in method.model.named_parameters() if n in before]
     middle = statistics.median(times)
     lengths = [one["input_ids"].shape[1] for one in batches[0]]
-    width = max(lengths)
     labels = [int((one["labels"][:, 1:] != IGNORED).sum()) for one in batches[0]]
     flops = flops_of(shape, row).step(sum(lengths), sum(labels), len(lengths), causal_pairs(lengths))
     return {
-        "method": row.name,
-        "workload": row.workload,
         "milliseconds": 1e3 * middle,
         "spread": [1e3 * value for value in statistics.quantiles(times, n=4)[::2]],
         "tokens_per_second": sum(lengths) / middle,
-        "padded_tokens_per_second": width * len(lengths) / middle,
+        "padded_tokens_per_second": None if row.packs else max(lengths) * len(lengths) / middle,
         "samples_per_second": len(lengths) / middle,
         "flops_per_step": flops,
         "flop_rate": flops / middle,
@@ -221,10 +220,10 @@ def agreement(shape: Shape, device: torch.device) -> dict[str, float]:
     """|a - b| / |a| of the loss and of the gains' gradients; a: transformers' eager model, fp32 gains, autocast."""
     small = shallow(shape, 2)
     batch = workload(small, "A", 0)
-    loss, gradient = gradients(theirs("", peft_norms(base(small, device), fp32=True), torch.bfloat16), batch)
+    loss, gradient = gradients(theirs(peft_norms(base(small, device), fp32=True), torch.bfloat16), batch)
     result = {}
     for name, compiled in (("eager", False), ("compiled", True)):
-        other, own = gradients(normtune(compiled, len(batch), dense=False)(small, device), batch)
+        other, own = gradients(our_row(compiled, len(batch), dense=False)(small, device), batch)
         result[f"{name}: loss"] = abs(other - loss) / abs(loss)
         result[f"{name}: gradients"] = float((own - gradient).norm() / gradient.norm())
     return result
@@ -243,7 +242,7 @@ def driver() -> str:
     try:
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return platform.processor()
 
 
@@ -267,10 +266,9 @@ def main() -> None:
 
     for name in ["tiny"] if options.tiny else options.shapes:
         shape = SHAPES[name]
-        inner = shape.inner or shape.hidden * 43 // 16
         sizes = (256, 1 << 20) if options.tiny else (8192, 4 << 30)
         result: dict[str, Any] = {
-            "ceilings": ceilings(shape.hidden, inner, 256 if options.tiny else 8192, device, *sizes)
+            "ceilings": ceilings(shape.hidden, shape.width, 256 if options.tiny else 8192, device, *sizes)
         }
         result["datasheet"] = peak_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         record["shapes"][name] = result
@@ -279,34 +277,39 @@ def main() -> None:
     print(f"{record['seconds']:.0f} s, figures in {options.json}")
 
 
+def attempt(run: Callable[..., Any], *arguments: Any) -> Any:
+    """What `run` returns, or what it raised: a row that fails must not cost the others on a lent machine."""
+    try:
+        return run(*arguments)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+
+
 def measure(
     shape: Shape, device: torch.device, result: dict[str, Any], write: Callable[[], None], late: Callable[[], bool]
 ) -> None:
     every = rows({key: len(workload(shape, key, 0)) for key in ("A", "C")})
-    result["agreement"] = agreement(shape, device)
+    result["agreement"] = attempt(agreement, shape, device)
     release(device)
     result["rows"], result["saved_units"] = [], {}
     for number, row in enumerate([*every, *reversed(every)]):
         if late():
             break
-        try:
-            found = time_row(row, shape, device)
-        except torch.cuda.OutOfMemoryError:
-            found = {"method": row.name, "workload": row.workload, "out_of_memory": True}
+        found = {"method": row.name, "workload": row.workload, "pass": 1 + number // len(every)}
+        found |= attempt(time_row, row, shape, device)
         release(device)
         if number < len(every) and row.workload == "A":
-            result["saved_units"][row.name] = saved_units(shape, device, row)
+            result["saved_units"][row.name] = attempt(saved_units, shape, device, row)
             release(device)
-        found |= {"pass": 1 + number // len(every)}
-        if "flop_rate" in found:
+        if "error" in found:
+            print(f"{row.name:48s} {row.workload}  {found['error']}")
+        else:
             found["of_measured"] = found["flop_rate"] / result["ceilings"]["own_median"]
             found["of_datasheet"] = found["flop_rate"] / result["datasheet"] if result["datasheet"] else None
             print(
-                f"{found['method']:48s} {found['workload']}  {found['milliseconds']:9.1f} ms  "
+                f"{row.name:48s} {row.workload}  {found['milliseconds']:9.1f} ms  "
                 f"{found['tokens_per_second']:10,.0f} tok/s  {100 * found['of_measured']:5.1f} % of the measured rate"
             )
-        else:
-            print(f"{found['method']:48s} {found['workload']}  out of memory")
         result["rows"].append(found)
         write()
 

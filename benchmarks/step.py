@@ -49,14 +49,14 @@ SHIPPED, LORA, OURS, COMPILED = (
     "normtune, packed, compiled",
 )
 METHODS: dict[str, Callable[[Shape, torch.device], Method]] = {
-    SHIPPED: lambda s, d: theirs("", peft_norms(base(s, d))),
-    "PEFT LNTuning, fp32 gains, autocast": lambda s, d: theirs("", peft_norms(base(s, d), fp32=True), torch.bfloat16),
-    LORA: lambda s, d: theirs("", peft_lora(base(s, d))),
-    "normtune, padded": lambda s, d: ours("", base(s, d), BATCH, padded),
-    "normtune, one by one": lambda s, d: ours("", base(s, d), 1, padded),
-    OURS: lambda s, d: ours("", base(s, d), BATCH, packed),
-    "normtune, packed, 8-bit gate and up": lambda s, d: ours("", base(s, d), BATCH, packed, activations="8bit"),
-    COMPILED: lambda s, d: ours("", base(s, d), BATCH, packed, compiled=True),
+    SHIPPED: lambda s, d: theirs(peft_norms(base(s, d))),
+    "PEFT LNTuning, fp32 gains, autocast": lambda s, d: theirs(peft_norms(base(s, d), fp32=True), torch.bfloat16),
+    LORA: lambda s, d: theirs(peft_lora(base(s, d))),
+    "normtune, padded": lambda s, d: ours(base(s, d), BATCH, padded),
+    "normtune, one by one": lambda s, d: ours(base(s, d), 1, padded),
+    OURS: lambda s, d: ours(base(s, d), BATCH, packed),
+    "normtune, packed, 8-bit gate and up": lambda s, d: ours(base(s, d), BATCH, packed, activations="8bit"),
+    COMPILED: lambda s, d: ours(base(s, d), BATCH, packed, compiled=True),
 }
 
 
@@ -145,14 +145,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=6, help="at least 2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--readme", action="store_true", help="write the README's table, too")
     parser.add_argument("--table", action="store_true", help="measure nothing: print the table of the stored figures")
     parser.add_argument("--peak", choices=METHODS, help="only print how far this method raises the resident memory")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: quartiles take at least 2")
     torch.set_num_threads(options.threads)
     shape = Shape(options.hidden, options.layers, options.vocabulary)
     if options.peak:

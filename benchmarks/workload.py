@@ -35,12 +35,17 @@ class Shape:
     patches: int = 144
     features: int = 64
     head: int = 64
-    inner: int | None = None
+    inner: int = 0
+
+    @property
+    def width(self) -> int:
+        """Of the MLP."""
+        return self.inner or self.hidden * 43 // 16
 
     def config(self) -> LlavaConfig:
         text = LlamaConfig(
             hidden_size=self.hidden,
-            intermediate_size=self.inner or self.hidden * 43 // 16,
+            intermediate_size=self.width,
             num_hidden_layers=self.layers,
             num_attention_heads=self.hidden // self.head,
             vocab_size=self.vocabulary,
@@ -128,18 +133,26 @@ def micro_batches(batch: Sequence[Sample], size: int, layout: Callable[[Sequence
 class Method:
     """A way to train: `step(samples)` is one optimizer step, and returns the loss."""
 
-    name: str
     model: nn.Module
     step: Callable[[Sequence[Sample]], torch.Tensor]
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+def updating(model: nn.Module) -> Callable[[], None]:
+    """The update that `train` makes, and that transformers' Trainer makes: clipping at 1, AdamW in one kernel."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
 
 
-def theirs(name: str, model: nn.Module, autocast: torch.dtype | None = None) -> Method:
+def theirs(model: nn.Module, autocast: torch.dtype | None = None) -> Method:
     """transformers' own loss on one padded batch, as its Trainer runs it; with autocast where gains are fp32."""
-    optimizer = optimizer_of(model)
+    update = updating(model)
     device = next(model.parameters()).device
 
     def step(batch: Sequence[Sample]) -> torch.Tensor:
@@ -147,15 +160,13 @@ def theirs(name: str, model: nn.Module, autocast: torch.dtype | None = None) -> 
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             loss = model(**together, use_cache=False).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
         return loss.detach()  # type: ignore[no-any-return]
 
-    return Method(name, model, step)
+    return Method(model, step)
 
 
 def ours(
-    name: str,
     model: nn.Module,
     size: int,
     layout: Callable[[Sequence[Sample]], Sample] = padded,
@@ -171,7 +182,7 @@ def ours(
     nt.lean(model, activations=activations)
     if compiled and (warning := compile_blocks(model)):
         raise RuntimeError(warning)
-    optimizer = optimizer_of(model)
+    update = updating(model)
     device = next(model.parameters()).device
 
     def step(batch: Sequence[Sample]) -> torch.Tensor:
@@ -184,11 +195,10 @@ def ours(
             loss = loss_at(model, moved, rows.to(device), targets.to(device)) / supervised
             loss.backward()
             total += loss.detach()
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
         return total
 
-    return Method(name, model, step)
+    return Method(model, step)
 
 
 def peft_norms(model: nn.Module, fp32: bool = False) -> nn.Module:

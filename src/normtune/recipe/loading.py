@@ -150,6 +150,8 @@ def explain(error: ValidationError, where: str) -> str:
             message = f"unknown key{did_you_mean(str(fault['loc'][-1]), known)}; known: {', '.join(known)}"
         elif fault["type"] == "missing":
             message = "missing; add it"
+        elif fault["type"] in ("bool_parsing", "bool_type"):
+            message = f"it is true or false, not {fault['input']!r}"
         elif "input" in fault and isinstance(fault["input"], str | int | float | bool | None) and field:
             message = f"{message}, not {fault['input']!r}" if not fault["type"].startswith("value_error") else message
         lines.append(f"{where}: {field}: {message}" if field else f"{where}: {message}")

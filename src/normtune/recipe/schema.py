@@ -87,7 +87,7 @@ class Stage(Node):
     weight_decays: dict[str, NonNegative] = Field({}, description="weight decay by part")
     clip: NonNegative = Field(1.0, description="largest global gradient norm; 0 is off")
     max_length: PositiveInt = Field(2048, description="tokens per sample, image tokens included")
-    packing: Literal["auto"] | bool = Field(
+    packing: Literal["auto", True, False] = Field(
         "auto", description="samples end to end in one row, without padding; auto: where it was measured to be faster"
     )
     cache_features: bool = Field(False, description="encode each image once and keep its features on disk")
