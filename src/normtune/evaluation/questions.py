@@ -111,12 +111,11 @@ class Asked(Sequence[Request]):
         return Request((Turn("user", text),), () if image is None else (image,), f"{self.name}, item '{item.id}'")
 
     def fingerprint(self) -> str:
-        """SHA-256 of ids, prompts, references, strata, and of the names and sizes of the images shown."""
+        """SHA-256 of ids, prompts, references, strata, and of the names of the images shown (a broken one may be
+        replaced before an evaluation goes on)."""
         digest = hashlib.sha256()
-        sizes = {path: path.stat().st_size for path in set(self.images) if path is not None}
         for item, image in zip(self.items, self.images, strict=True):
-            shown = None if image is None else (image.name, sizes[image])
-            record = (item.id, item.question, item.answer, item.group, shown)
+            record = (item.id, item.question, item.answer, item.group, image and image.name)
             digest.update(json.dumps(record, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
