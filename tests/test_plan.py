@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, Lla
 from transformers import LlavaForConditionalGeneration as Llava
 
 from normtune.cli import main
+from normtune.cli.plan import parse_memory
 from normtune.errors import InputError
 from normtune.flops import causal_pairs, count_flops, peak_rate
-from normtune.memory import Job, Shape, parse_memory, plan_recipe, plan_step, shape_of
+from normtune.memory import Job, Shape, plan_recipe, plan_step, shape_of
 from normtune.memory.ledger import Ledger
-from normtune.memory.planning import total
 from normtune.memory.quantized import int8_bytes, nf4_bytes
 from normtune.recipe import Recipe, Stage
 from normtune.step import MICRO_BATCH, make_optimizer, supervised_loss
@@ -52,6 +53,10 @@ def llava(device: str = "meta", dtype: torch.dtype = torch.bfloat16, **sizes: An
     torch.manual_seed(0)
     with torch.device(device):
         return Llava._from_config(config, dtype=dtype)
+
+
+def total(by_cause: dict[str, Any]) -> int:
+    return sum(sum(v.values()) if isinstance(v, dict) else v for v in by_cause.values())
 
 
 def samples(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -107,6 +112,25 @@ def test_flops_are_those_that_torch_counts(strategy: str | list[str]) -> None:
     assert found == pytest.approx(counted(model, batch), rel=0.015 if strategy == ["vision_norms"] else 0.005)
 
 
+@pytest.mark.parametrize("strategy", ["layernorm-simple", "connector"])
+def test_stored_features_cost_the_connector(strategy: str) -> None:
+    model, batch = llava("cpu", torch.float32), samples(torch.float32)
+    apply(model, strategy)
+    lean(model)
+    model.train()
+    pixels = batch.pop("pixel_values")
+    batch["features"] = torch.randn(len(pixels), PATCHES, 64)
+    supervised_loss(model, dict(batch))
+    found = count_flops(model, cached=True)
+    weights = 64 * 128 + 128 * 128
+    trained = 2 * weights + 2 * 128 * 128  # gradients of both weights, and of the second layer's input
+    assert found.image == PATCHES * (2 * weights + (trained if strategy == "connector" else 0))
+    cost = found.step(B * S, B * SUPERVISED, images=B, pairs=B * S * S)
+    assert cost == pytest.approx(counted(model, batch), rel=0.005)
+    planned = plan_step(llava(), stage(strategy, cache_features=True), Shape(B, S, SUPERVISED))
+    assert planned.step_flops == found.step(B * S, B * SUPERVISED, images=B, pairs=causal_pairs([S] * B))
+
+
 def test_a_frozen_base_costs_four_and_not_six() -> None:
     costs = {}
     for strategy in ("full", "layernorm-simple", "final_norm"):
@@ -133,6 +157,9 @@ def test_rates_of_datasheets() -> None:
     assert peak_rate("NVIDIA L4") == 121e12 and peak_rate("NVIDIA L40S") == 362e12
     assert peak_rate("Tesla T4") is None and peak_rate("Tesla T4", torch.float16) == 65e12
     assert peak_rate("NVIDIA GeForce RTX 4090") == 165e12 and peak_rate("Some CPU") is None
+    assert peak_rate("NVIDIA H100 NVL") == 835e12 and peak_rate("NVIDIA A10G") is None
+    for other in ("RTX 4090 Laptop GPU", "RTX 3090 Ti", "RTX 4090 D", "H100 80GB HBM3 MIG 1g.10gb"):
+        assert peak_rate(f"NVIDIA {other}") is None
     assert causal_pairs([3, 1]) == 7
 
 
@@ -211,6 +238,13 @@ def test_options_of_a_stage_show() -> None:
     assert total(peak("full", micro=2)) > total(peak("full"))
 
 
+def test_recomputing_is_noted_and_done_as_in_training(recwarn: pytest.WarningsRecorder) -> None:
+    """transformers warns of a function with an old name."""
+    found = plan_step(llava(), stage("layernorm-simple", checkpoint_activations=True), Shape(1, S, SUPERVISED))
+    assert any("not counted" in note for note in found.notes)
+    assert not [str(warning.message) for warning in recwarn]
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi3", "gpt2", "mixtral"])
 @pytest.mark.parametrize("strategy", ["layernorm", "lora"])
 def test_other_architectures_are_planned(kind: str, strategy: str) -> None:
@@ -249,6 +283,20 @@ def test_the_largest_batch_fits_and_one_more_does_not(memory: float) -> None:
     assert best == 0 or job.plan(best).peak_bytes <= limit
     assert job.plan(best + 1).peak_bytes > limit
     assert (best == 0) == (memory < 1e6)
+
+
+@pytest.mark.heavy
+def test_the_largest_batch_accumulates_as_planned() -> None:
+    """Gradients of the micro-batch before are there; without them one sample more would fit."""
+    memory, shape = 40e6, Shape(1, 256, SUPERVISED, micro_batches=2)
+    limit = int(0.95 * memory)
+
+    def peak(batch: int, micro: int) -> int:
+        return plan_step(llava(), stage("full"), replace(shape, batch=batch, micro_batches=micro)).peak_bytes
+
+    best = Job(llava, stage("full"), shape, "bfloat16").largest_batch(memory)
+    assert peak(best, 2) <= limit < peak(best + 1, 2)
+    assert peak(best + 1, 1) <= limit
 
 
 def test_words_for_memory() -> None:
@@ -292,11 +340,57 @@ def test_plan_prints_a_document(configs: Path, capsys: pytest.CaptureFixture[str
 def test_plan_prints_a_table(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", "--llm", "llm", "--compare", "lora,layernorm-simple", "--length", "128") == 0
     text = capsys.readouterr().out
-    assert "lora (r = 64)" in text and "ratio" in text and "layernorm-simple keeps for backward" in text
+    assert "lora (r = 64)" in text and " of lora " in text and "layernorm-simple keeps for backward" in text
+    assert "note: planned for a GPU\n" in text and "note: a step of one micro-batch" in text
+    assert "(64 supervised)" in text  # half of the tokens
 
 
 @pytest.mark.heavy
-def test_a_recipe_is_planned_by_its_own_stages(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_a_piped_table_are_lines(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--compare", "lora,layernorm", "--length", "200", "--gpu-memory", "2MB", "--rate", "1"]
+    assert run("plan", "--llm", "llm", "--vision", "vision", *more) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    header = next(i for i, line in enumerate(lines) if line.startswith(" strategy"))
+    assert all(word in lines[header].split() for word in ("weights", "trained", "AdamW", "s/micro-batch", "tokens/s"))
+    assert [line.split()[0] for line in lines[header + 2 : header + 4]] == ["lora", "layernorm"]
+    assert max(map(len, lines[: header + 4])) <= 160
+    assert "layernorm / lora: 0." in text and "largest: samples" in text
+
+
+@pytest.mark.heavy
+def test_what_nobody_named_is_left_out(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "--llm", "llm", "--dtype", "nf4", "--length", "32", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["strategy"] for row in found["plans"]] == ["lora", "layernorm", "layernorm-simple"]
+    assert "full trains" in found["refused"]["full"] and "nf4" in found["refused"]["full"]
+
+
+def test_a_model_is_built_once_for_one_plan(
+    configs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from normtune import skeletons
+
+    made = []
+    build = skeletons.skeleton
+    monkeypatch.setattr(skeletons, "skeleton", lambda name: made.append(name) or build(name))
+    assert run("plan", "--llm", "llm", "--strategy", "layernorm", "--length", "32") == 0
+    assert made == ["llm"]
+
+
+def test_wrong_arguments_do_not_wait_for_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from normtune.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    for options in (["--gpu-memory", "big"], ["--compare", "lora,"], ["--parameters", "--rate", "1"]):
+        command = [sys.executable, "-c", code, "plan", "--llm", "llm", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout == "2 False\n", done.stderr
+
+
+def write_recipe() -> dict[str, Any]:
     source = [{"path": "none.json"}]
     recipe = {
         "model": {"llm": "llm", "vision": "vision", "dtype": "nf4"},
@@ -304,18 +398,47 @@ def test_a_recipe_is_planned_by_its_own_stages(configs: Path, capsys: pytest.Cap
             {"name": "align", "strategy": "connector", "data": source, "learning_rate": 1e-3, "max_length": 512},
             {
                 **{"name": "instruct", "strategy": ["norms", "lora"], "data": source, "learning_rate": 1e-3},
-                **{"max_length": 64, "micro_batch_size": 3, "lora": {"rank": 4}},
+                **{"max_length": 64, "micro_batch_size": 3, "lora": {"rank": 4, "targets": ["attn_q"]}},
             },
         ],
     }
     Path("recipe.yaml").write_text(json.dumps(recipe))  # YAML, too
-    assert run("plan", "recipe.yaml", "--json") == 0
+    return recipe
+
+
+@pytest.mark.heavy
+def test_a_recipe_is_planned_by_its_own_stages(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe()
+    assert run("plan", "recipe.yaml", "--rate", "0.001", "--json") == 0
     align, instruct = json.loads(capsys.readouterr().out)["plans"]
     # by default a GPU packs rows of 8,192 tokens, a batch of 128 samples fills some
     assert (align["stage"], align["length"], align["batch"], align["micro_batches"]) == ("align", 512, 16, 2)
     assert (instruct["batch"], instruct["lora_rank"], instruct["dtype"]) == (3, 4, "nf4")
+    assert instruct["step_seconds"] == pytest.approx(instruct["seconds"] * 128 / 3)
+    assert align["notes"][0] == "planned for a GPU, packed rows of 8,192 tokens"
     direct = plan_recipe(Recipe.model_validate(recipe))
     assert [p.peak_bytes for p in direct] == [align["peak_bytes"], instruct["peak_bytes"]]
+
+
+def test_options_replace_what_a_recipe_says(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_recipe()
+    options = ["--strategy", "lora", "--batch", "200", "--length", "50", "--lora-rank", "2", "--dtype", "bfloat16"]
+    assert run("plan", "recipe.yaml", *options, "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)["plans"]
+    assert (row["stage"], row["batch"], row["length"], row["supervised"]) == ("instruct", 200, 50, 25)
+    assert (row["micro_batches"], row["lora_rank"], row["dtype"]) == (1, 2, "bfloat16")
+    matrices = 3 * 2 * (128 + 128)  # of attn_q in three blocks: what is not said stays as it was
+    other = 2 * 500 * 128 + (64 + 1) * 128 + (128 + 1) * 128
+    assert row["trainable_parameters"] == matrices + other
+
+
+def test_parameters_are_counted_with_the_lora_of_the_recipe(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_recipe()
+    for options, rank in ([], 4), (["--lora-rank", "2"], 2):
+        assert run("plan", "recipe.yaml", "--parameters", "--compare", "lora,layernorm-simple", "--json", *options) == 0
+        lora, norms = json.loads(capsys.readouterr().out)["plans"]
+        assert lora["strategy"] == f"lora (r = {rank})"
+        assert lora["total_parameters"] - norms["total_parameters"] == 3 * rank * (128 + 128)
 
 
 def test_the_largest_micro_batch_of_a_stage() -> None:
@@ -334,7 +457,10 @@ def test_the_largest_micro_batch_of_a_stage() -> None:
         (["--length", "20"], ["length 20", "16 tokens of an image"]),
         (["--strategy", "full", "--compare", "lora"], ["--strategy", "--compare"]),
         (["--gpu-memory", "big"], ["24GB"]),
-        (["--strategy", "full", "--dtype", "nf4"], ["nf4", "bfloat16"]),
+        (["--strategy", "full", "--dtype", "nf4"], ["full trains", "nf4", "bfloat16"]),
+        (["--compare", ""], ["unknown strategy ''"]),
+        (["--parameters", "--batch", "2", "--rate", "1", "--gpu-memory", "1GB"], ["--batch, --gpu-memory, --rate"]),
+        (["--parameters", "--length", "9", "--dtype", "nf4"], ["--length, --dtype"]),
     ],
     ids=lambda value: " ".join(value[:2]),
 )
@@ -342,6 +468,26 @@ def test_wrong_options_exit_2(
     options: list[str], words: list[str], configs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("plan", "--llm", "llm", "--vision", "vision", *options) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words) and len(error[error.index("normtune:") :].strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["recipe.yaml", "--vision", "vision"], ["--vision", "recipe names"]),
+        (["recipe.yaml", "--connector", "mlp"], ["--connector", "recipe names"]),
+        (["recipe.yaml", "--strategy", "full"], ["full trains", "nf4"]),
+        (["--llm", "llm", "--connector", "mlp"], ["--connector", "without --vision"]),
+        (["--llm", "llm", "--length", "8", "--supervised", "8"], ["length 8", "8 supervised"]),
+    ],
+    ids=lambda value: " ".join(value[:3]),
+)
+def test_no_option_is_dropped(
+    options: list[str], words: list[str], configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_recipe()
+    assert run("plan", *options) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words) and len(error[error.index("normtune:") :].strip().splitlines()) <= 3
 

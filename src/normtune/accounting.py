@@ -31,14 +31,18 @@ class Share:
 
 
 def shares(
-    model: nn.Module, strategies: Sequence[str | list[str]], rank: int = 64, skip: bool = False
+    model: nn.Module,
+    strategies: Sequence[str | list[str]],
+    rank: int = 64,
+    skip: bool = False,
+    targets: Sequence[str] | None = None,
 ) -> tuple[list[Share], dict[str, str]]:
     """A share per strategy, and why the model cannot take the others (with `skip`).
 
     `model` may be on the meta device; it is left with the last strategy applied.
 
     Args:
-        rank: of LoRA, on every linear layer of the blocks.
+        rank, targets: of LoRA, as `apply` takes them.
         skip: leave out what the model cannot take, instead of raising.
 
     Raises:
@@ -48,7 +52,7 @@ def shares(
     refused: dict[str, str] = {}
     for strategy in strategies:
         try:
-            report = apply(model, strategy, rank=rank)
+            report = apply(model, strategy, rank=rank, targets=targets)
         except InputError as error:
             if not skip:
                 raise

@@ -22,7 +22,9 @@ from normtune.strategy import tuning
 # Datasheet rates, FLOP/s without sparsity: bf16, fp16, fp32 (without TF32). NVIDIA's datasheets and whitepapers.
 RATES: dict[str, tuple[float | None, float, float]] = {
     "B200": (2250e12, 2250e12, 80e12),
+    "H200 NVL": (835e12, 835e12, 60e12),
     "H200": (989e12, 989e12, 67e12),
+    "H100 NVL": (835e12, 835e12, 60e12),
     "H100 PCIe": (756e12, 756e12, 51e12),
     "H100": (989e12, 989e12, 67e12),
     "A100": (312e12, 312e12, 19.5e12),
@@ -34,6 +36,8 @@ RATES: dict[str, tuple[float | None, float, float]] = {
     "V100": (None, 125e12, 15.7e12),
     "T4": (None, 65e12, 8.1e12),
 }
+OTHER_CHIPS = {"Laptop", "Ti", "D", "MIG"}
+"""Words that make a name one of another chip, or of a slice of one, whose rate is not in the table."""
 
 
 def peak_rate(device: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
@@ -45,7 +49,7 @@ def peak_rate(device: str, dtype: torch.dtype = torch.bfloat16) -> float | None:
     words = device.replace("-", " ").split()
     column = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}.get(dtype)
     found = next((rates for name, rates in RATES.items() if set(name.split()) <= set(words)), None)
-    return None if found is None or column is None else found[column]
+    return None if found is None or column is None or OTHER_CHIPS.intersection(words) else found[column]
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,12 @@ def causal_pairs(lengths: Iterable[int]) -> float:
     return sum(n * (n + 1) / 2 for n in lengths)
 
 
-def count_flops(model: nn.Module) -> Flops:
-    """The costs of a model as it is tuned now; call it again after `apply`. Weights may be on the meta device."""
+def count_flops(model: nn.Module, cached: bool = False) -> Flops:
+    """The costs of a model as it is tuned now; call it again after `apply`. Weights may be on the meta device.
+
+    Args:
+        cached: images come as stored features, so that one of them costs the connector's matmuls alone.
+    """
     model = unwrapped(model)
     found = tuning(model).anatomy
     images = [p for name in (*found.vision, *found.connector) for p in model.get_submodule(name).parameters()]
@@ -80,7 +88,7 @@ def count_flops(model: nn.Module) -> Flops:
         token, pair = token + one, pair + of_pair
     flows = flows or any(p.requires_grad for n in found.final_norm for p in model.get_submodule(n).parameters())
     head = sum(matmul(model.get_submodule(n), flows)[0] for n in found.head)
-    return Flops(token, head, image_flops(model), pair)
+    return Flops(token, head, image_flops(model, cached), pair)
 
 
 def block_flops(model: nn.Module, name: str, flows: bool) -> tuple[float, float, bool]:
@@ -133,8 +141,11 @@ def active_share(model: nn.Module) -> float:
     return chosen / number if chosen and number else 1.0
 
 
-def image_flops(model: nn.Module) -> float:
-    """Of one image: the encoder on its patches, the connector on what comes out; 0 where their number is not known."""
+def image_flops(model: nn.Module, cached: bool = False) -> float:
+    """Of one image: the encoder on its patches unless its output is `cached`, and the connector on what comes out.
+
+    0 where the number of patches is not known.
+    """
     found = tuning(model).anatomy
     config: Any = getattr(getattr(model, "config", None), "vision_config", None)
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
@@ -142,7 +153,7 @@ def image_flops(model: nn.Module) -> float:
         return 0.0
     patches, total = (size // patch) ** 2, 0.0
     flows = False
-    for root in map(model.get_submodule, found.vision):
+    for root in [] if cached else map(model.get_submodule, found.vision):
         rows = positions_of(root, patches)
         flows = any(p.requires_grad for p in root.parameters())
         layers = [layer for held in root.modules() if isinstance(held, nn.ModuleList) for layer in held]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+NUMBER = re.compile(r"-?|[-+]?\d[\d.,e+-]*( ?([kMG]?B|[kMG]))?")
+"""Text that stands to the right in a table: a number, with a prefix or unit, or none."""
 
 
 def quiet_libraries() -> None:
@@ -24,18 +28,18 @@ def print_json(data: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
-    """A plain table on stdout, numbers to the right."""
+    """A plain table on stdout, numbers to the right; in a file or pipe each row is one line, however long."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
-        numeric = all(isinstance(row[i], int | float) or row[i] in ("", "-") for row in rows)
+        numeric = all(isinstance(row[i], int | float) or NUMBER.fullmatch(str(row[i])) for row in rows)
         table.add_column(column, justify="right" if numeric and rows else "left", overflow="fold")
     for row in rows:
         table.add_row(*(cell(value) for value in row))
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout.isatty() else 10_000
     Console(width=width, highlight=False, markup=False).print(table)
 
 
@@ -43,6 +47,15 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def human_count(count: float) -> str:
+    """13,047,331,840 -> 13.05 G."""
+    for unit in ("", " k", " M", " G"):
+        if count < 1000 or unit == " G":
+            return f"{count:.4g}{unit}"
+        count /= 1000
+    return ""
 
 
 def human_bytes(count: float) -> str:

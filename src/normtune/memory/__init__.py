@@ -1,6 +1,6 @@
 """What a training step would hold and compute, known before it runs."""
 
 from normtune.memory.planning import Plan, Shape, largest_batch, plan_step
-from normtune.memory.recipes import USABLE, Job, parse_memory, plan_recipe, shape_of
+from normtune.memory.recipes import USABLE, Job, job_of, plan_recipe, shape_of
 
-__all__ = ["USABLE", "Job", "Plan", "Shape", "largest_batch", "parse_memory", "plan_recipe", "plan_step", "shape_of"]
+__all__ = ["USABLE", "Job", "Plan", "Shape", "job_of", "largest_batch", "plan_recipe", "plan_step", "shape_of"]

@@ -9,9 +9,8 @@ Not here: `compile: true` (planned as eager), packed rows (kept is the same), wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,7 @@ from normtune.kernels import Logits
 from normtune.memory.ledger import HEAD, OTHER, OUTPUT, WORKSPACE, Ledger
 from normtune.memory.quantized import stand_in
 from normtune.step import loss_at, make_optimizer
-from normtune.strategy import Report, apply, lean, tuning
+from normtune.strategy import Report, apply, checkpoint, lean, tuning
 
 if TYPE_CHECKING:
     from normtune.recipe import Stage
@@ -100,7 +99,9 @@ def plan_step(model: nn.Module, stage: Stage, shape: Shape, dtype: str = "bfloat
         ledger.watch()
         run_step(model, optimizer, batch, stage, shape, ledger)
     tokens, lengths = shape.batch * shape.length, [shape.length] * shape.batch
-    cost = count_flops(model).step(tokens, shape.batch * shape.supervised, images, causal_pairs(lengths))
+    cost = count_flops(model, stage.cache_features).step(
+        tokens, shape.batch * shape.supervised, images, causal_pairs(lengths)
+    )
     return Plan(
         strategy=report.strategy,
         peak_bytes=ledger.peak,
@@ -115,7 +116,15 @@ def plan_step(model: nn.Module, stage: Stage, shape: Shape, dtype: str = "bfloat
         dtype=dtype,
         lora_rank=stage.lora.rank if "lora" in report.parts else None,
         skipped=report.skipped,
-        notes=[*note, *(["planned without torch.compile"] if stage.compile else [])],
+        notes=[
+            *note,
+            *(["planned without torch.compile"] if stage.compile else []),
+            *(
+                ["recomputing (checkpoint_activations) not counted in the FLOPs"]
+                if stage.checkpoint_activations
+                else []
+            ),
+        ],
     )
 
 
@@ -134,10 +143,12 @@ def prepare(model: nn.Module, stage: Stage, dtype: str) -> Report:
             layer = model.get_submodule(name)
             layer = getattr(layer, "base_layer", layer)
             if any(p.requires_grad for p in layer.parameters(recurse=False) if p.dim() > 1):
-                raise InputError(f"{name} is {dtype} and cannot be trained; use dtype: bfloat16, or another strategy")
+                raise InputError(
+                    f"{report.strategy} trains {name}, which {dtype} freezes; use dtype bfloat16, or another strategy"
+                )
             stand_in(layer, dtype)
     if stage.checkpoint_activations:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        checkpoint(model, on=True)
     return report
 
 
@@ -172,21 +183,24 @@ def make_batch(
     config: Any = model.config
     batch = {"input_ids": torch.empty(shape.batch, shape.length, dtype=torch.long)}
     vision: Any = getattr(config, "vision_config", None)
-    size = getattr(vision, "image_size", None)
-    if not isinstance(size, int) or not hasattr(config, "image_seq_length"):
+    size: Any = getattr(vision, "image_size", None)
+    patches = 0
+    if isinstance(size, int) and hasattr(config, "image_seq_length"):
+        patches = (size // vision.patch_size) ** 2
+    if shape.supervised > shape.length - (patches or 1):
+        before = f"the {patches} tokens of an image" if patches else "a token to begin with"
+        raise InputError(
+            f"length {shape.length} is too short for {before} and {shape.supervised} supervised ones; "
+            "give a larger --length (max_length of a recipe), or fewer with --supervised"
+        )
+    if not patches:
         text = not tuning(model).anatomy.vision
         return batch, 0, [] if text else ["images of this model are not planned: no encoder's work, text alone"]
-    patches = (size // vision.patch_size) ** 2
-    if patches + shape.supervised > shape.length:
-        raise InputError(
-            f"length {shape.length} is too short for the {patches} tokens of an image and {shape.supervised} "
-            "supervised ones; give a larger --length, or fewer with --supervised"
-        )
     if cached:
         batch["features"] = torch.empty(shape.batch, patches, vision.hidden_size, dtype=dtype)
     else:
         batch["pixel_values"] = torch.empty(shape.batch, 3, size, size, dtype=dtype)
-    return batch, 0 if cached else shape.batch, [f"{patches} of the tokens of each sample are an image's"]
+    return batch, shape.batch, [f"{patches} of the tokens of each sample are an image's"]
 
 
 def prime(optimizer: torch.optim.Optimizer, ledger: Ledger) -> None:
@@ -251,12 +265,6 @@ def nested(causes: dict[str, int]) -> dict[str, Any]:
     kept = {kind: causes.get(kind, 0) for kind in KEPT if kind != LORA or causes.get(kind)}
     first = {cause: causes.get(cause, 0) for cause in (WEIGHTS, TRAINABLE, GRADIENTS, OPTIMIZER)}
     return {**first, "activations": kept, HEAD: causes.get(HEAD, 0), WORKSPACE: causes.get(WORKSPACE, 0)}
-
-
-def total(by_cause: dict[str, Any]) -> int:
-    """The sum over causes."""
-    values: Iterator[Any] = chain.from_iterable(v.values() if isinstance(v, dict) else [v] for v in by_cause.values())
-    return sum(values)
 
 
 def largest_batch(plan_of: Callable[[int], Plan], limit: int, most: int = 4096) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from normtune.errors import InputError
 from normtune.memory.planning import Plan, Shape, largest_batch, plan_step
 from normtune.step import MICRO_BATCH
 from normtune.strategy import pack_length, prefers_packing
@@ -30,29 +29,58 @@ class Job:
     stage: Stage
     shape: Shape
     dtype: str
+    notes: tuple[str, ...] = ()
 
     def plan(self, batch: int | None = None) -> Plan:
-        shape = self.shape if batch is None else Shape(batch, self.shape.length, self.shape.supervised)
-        return plan_step(self.build(), self.stage, shape, self.dtype)
+        shape = self.shape if batch is None else replace(self.shape, batch=batch)
+        found = plan_step(self.build(), self.stage, shape, self.dtype)
+        found.notes[:0] = self.notes
+        return found
 
     def largest_batch(self, memory: float) -> int:
         """The most samples of a micro-batch on a device of so many bytes; 0 where not even one fits."""
         return largest_batch(self.plan, int(USABLE * memory))
 
 
-def shape_of(stage: Stage, device: str = "auto") -> Shape:
+def job_of(
+    build: Callable[[], nn.Module],
+    stage: Stage,
+    dtype: str,
+    device: str = "auto",
+    batch: int | None = None,
+    supervised: int | None = None,
+) -> Job:
+    """A job for a stage as it runs on a device; `batch` and `supervised` replace those of `shape_of`."""
+    shape = shape_of(stage, device, batch)
+    kind = planned_device(device)
+    where = {"cuda": "a GPU", "cpu": "a CPU"}.get(kind.type, kind.type)
+    rows = f", packed rows of {pack_length(kind):,} tokens" if batch is None and packs(stage, kind) else ""
+    shape = replace(shape, supervised=supervised or shape.supervised)
+    return Job(build, stage, shape, dtype, (f"planned for {where}{rows}",))
+
+
+def shape_of(stage: Stage, device: str = "auto", batch: int | None = None) -> Shape:
     """The largest micro-batch that a stage may run: every sample of `max_length` tokens, as many as a packed row takes.
 
     Args:
         device: of the recipe; `auto` is planned as a GPU.
+        batch: samples of it, instead.
     """
-    kind = torch.device("cuda" if device == "auto" else device)
+    kind = planned_device(device)
     size = stage.micro_batch_size or MICRO_BATCH
-    if stage.packing is True or (stage.packing == "auto" and prefers_packing(kind)):
+    if packs(stage, kind):
         size = min(stage.micro_batch_size or stage.batch_size, max(1, pack_length(kind) // stage.max_length))
-    size = min(size, stage.batch_size)
-    supervised = min(SUPERVISED, stage.max_length // 2)
+    size = batch or min(size, stage.batch_size)
+    supervised = max(1, min(SUPERVISED, stage.max_length // 2))
     return Shape(size, stage.max_length, supervised, 2 if stage.batch_size > size else 1)
+
+
+def planned_device(device: str) -> torch.device:
+    return torch.device("cuda" if device == "auto" else device)
+
+
+def packs(stage: Stage, device: torch.device) -> bool:
+    return stage.packing is True or (stage.packing == "auto" and prefers_packing(device))
 
 
 def plan_recipe(recipe: Recipe) -> list[Plan]:
@@ -66,22 +94,4 @@ def plan_recipe(recipe: Recipe) -> list[Plan]:
     def build() -> nn.Module:
         return assembled_skeleton(recipe.model)
 
-    return [Job(build, stage, shape_of(stage, recipe.device), recipe.model.dtype).plan() for stage in recipe.stages]
-
-
-def parse_memory(text: str) -> float:
-    """`24GB` -> 24e9 bytes, `24GiB` -> 24 * 2^30; a number alone is in GB.
-
-    Raises:
-        InputError: for anything else.
-    """
-    units = {"gib": 2.0**30, "gb": 1e9, "mib": 2.0**20, "mb": 1e6, "": 1e9}
-    lower = text.strip().lower()
-    unit = next(unit for unit in units if lower.endswith(unit))
-    try:
-        found = float(lower.removesuffix(unit)) * units[unit]
-    except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
-        raise InputError(f"memory {text!r} is not known; give for example 24GB or 80GiB")
-    return found
+    return [job_of(build, stage, recipe.model.dtype, recipe.device).plan() for stage in recipe.stages]
