@@ -16,9 +16,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from asked import IMAGES, picture, write_benchmarks
+from models import tiny_mllm
 from normtune.chat import Chat, Turn
 from normtune.errors import InputError
-from normtune.evaluation import answer, answering, engines, evaluate_model, select, shuffled_images
+from normtune.evaluation import answer, answering, engines, evaluate_model, prefixes, select, shuffled_images
 from normtune.evaluation.selection import images_shown
 from normtune.tasks import TASKS, Item
 
@@ -86,6 +87,66 @@ def test_engines_agree(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = answer(*pair, conversations()[:9], 12, batch_size=4)
     monkeypatch.setattr(engines, "takes_features", lambda model: False)
     assert answer(*pair, conversations()[:9], 12, batch_size=4) == shared
+
+
+def about_two_images() -> list[tuple[list[Turn], list[Image.Image]]]:
+    pictures = [picture(n) for n in range(2)]
+    return [([Turn("user", "<image>\nIs there" + " a red" * (k % 5) + "?")], [pictures[k // 6]]) for k in range(12)]
+
+
+def asked_with(pair: Any, shares: bool | None, size: int = 5) -> tuple[list[tuple[str, float]], int]:
+    """Answers with margins, and how many positions went through the LLM, the beginnings shared or not (None: tried)."""
+    model, processor = pair
+    prefixes._shares.pop(model, None)
+    if shares is not None:
+        prefixes._shares[model] = shares
+    positions: list[int] = []
+
+    def count(module: nn.Module, args: Any, kwargs: Any) -> None:
+        positions.append(kwargs["inputs_embeds"].shape[:2].numel())
+
+    hook = model.model.language_model.register_forward_pre_hook(count, with_kwargs=True)
+    requests = [engines.Request(tuple(turns), tuple(images), "") for turns, images in about_two_images()]
+    try:
+        found = dict(answer for batch in answering.generate(model, processor, requests, 1, size) for answer in batch)
+    finally:
+        hook.remove()
+    return [(found[n].text, found[n].margin) for n in range(12)], sum(positions)
+
+
+def test_what_questions_share_is_run_once_a_batch(pair: Any) -> None:
+    shared, fewer = asked_with(pair, True)
+    apart, more = asked_with(pair, False)
+    assert [text for text, _ in shared] == [text for text, _ in apart]
+    assert [lead for _, lead in shared] == pytest.approx([lead for _, lead in apart], abs=1e-5)
+    assert more - fewer >= (12 - 4) * 16  # three batches see four images of 16 tokens
+    tried, _ = asked_with(pair, None)
+    assert tried == shared and prefixes._shares[pair[0]]
+
+
+@pytest.mark.parametrize("kind, options", [("mistral", {"sliding_window": 8}), ("gpt2", {}), ("qwen3", {})])
+def test_models_are_tried_before_beginnings_are_shared(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    from normtune.model import load
+
+    own = load(tiny_mllm(tmp_path / "mllm", kind=kind, **options))
+    tried, _ = asked_with(own, None)
+    assert prefixes._shares[own[0]] == (kind != "mistral")
+    alone, _ = asked_with(own, False, size=1)
+    assert [text for text, _ in tried] == [text for text, _ in alone]
+
+
+def test_a_model_that_computes_otherwise_is_asked_as_usual(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = prefixes._inputs
+
+    def wrong(*arguments: Any) -> dict[str, Any]:
+        inputs = real(*arguments)
+        inputs["past_key_values"].layers[0].values *= 1.01
+        return inputs
+
+    monkeypatch.setattr(prefixes, "_inputs", wrong)
+    asked_with(pair, None)
+    assert prefixes._shares[pair[0]] is False
+    prefixes._shares.pop(pair[0])
 
 
 def test_an_image_is_opened_and_encoded_once(pair: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,16 @@ from asked import IMAGES, picture, write_benchmarks
 from command import run
 from normtune.chat import Chat, Turn
 from normtune.errors import InputError
-from normtune.evaluation import Settings, answering, engines, evaluate_into, evaluate_model, journal, questions
+from normtune.evaluation import (
+    Settings,
+    answering,
+    engines,
+    evaluate_into,
+    evaluate_model,
+    journal,
+    prefixes,
+    questions,
+)
 from normtune.images import open_image
 from normtune.model import load
 from normtune.tasks import TASKS, caption_scores
@@ -304,6 +313,7 @@ def test_against_needs_the_same_questions(pair: Any, data: Path, tmp_path: Path)
 
 def test_likelihoods_are_the_models(pair: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = pair
+    monkeypatch.setitem(prefixes._shares, model, False)
     widths: list[tuple[int, ...]] = []
     hook = model.lm_head.register_forward_hook(lambda module, args, out: widths.append(tuple(args[0].shape[:2])))
     try:

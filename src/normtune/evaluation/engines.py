@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from normtune.chat import PLACEHOLDER, Chat, Turn
 from normtune.errors import InputError
+from normtune.evaluation.prefixes import shared_inputs
 from normtune.images import open_image, to_rgb
 
 # Prompts are sorted by length within this many batches, and the image features of as many are held at once:
@@ -67,7 +68,8 @@ def batches(
     engine: Shared | Stock, requests: Sequence[Request], batch_size: int, known: Container[int] = ()
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
     """Places of requests and the model's inputs for them, [B, S] each, without those `known` already. Questions about
-    one image are near one another and prompts of like length together; `requests` may make its elements when asked."""
+    one image are near one another, and prompts of like length together where most images have one question;
+    `requests` may make its elements when asked."""
     first_seen: dict[tuple[Hashable, ...], int] = {}
     ranks = [first_seen.setdefault(request.keys, len(first_seen)) for request in requests]
     order = sorted(range(len(requests)), key=ranks.__getitem__)
@@ -76,7 +78,10 @@ def batches(
             continue
         # the whole window, though a part of it may be known: the same lengths, sorted alike, give the same batches
         prepared = dict(zip(window, engine.prepare([requests[i] for i in window], batch_size), strict=True))
-        for batch in chunks(sorted(window, key=lambda place: prepared[place][0]), batch_size):
+        images = [key for place in window if (key := requests[place].keys)]
+        if 2 * len(set(images)) > len(images) or isinstance(engine, Stock):  # else their beginnings are shared
+            window = sorted(window, key=lambda place: prepared[place][0])
+        for batch in chunks(window, batch_size):
             left = [place for place in batch if place not in known]
             if left:
                 yield left, engine.inputs([prepared[place][1] for place in left])
@@ -88,7 +93,8 @@ def chunks(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 class Shared:
     """A LLaVA with its processor, which turns each image into one run of image tokens and nothing else:
-    features are computed once per image of a window, prompts come from `Chat`."""
+    features are computed once per image of a window, prompts come from `Chat`. What questions about one image share
+    is run once per batch."""
 
     def __init__(self, model: PreTrainedModel, processor: Any, chat: Chat) -> None:
         self.model, self.processor, self.chat = model, processor, chat
@@ -120,7 +126,8 @@ class Shared:
         return prepared
 
     def inputs(self, batch: Sequence[tuple[list[int], list[torch.Tensor]]]) -> dict[str, Any]:
-        """`generate`'s arguments: input_ids and attention_mask [B, S] int64, padded on the left, and features."""
+        """`generate`'s arguments: input_ids and attention_mask [B, S] int64, padded on the left, and features; or with
+        the beginnings of the prompts computed already (see `prefixes`)."""
         width = max(len(ids) for ids, _ in batch)
         rows = [[self.pad] * (width - len(ids)) + ids for ids, _ in batch]
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in batch]
@@ -129,9 +136,10 @@ class Shared:
             "input_ids": torch.tensor(rows, device=self.device),
             "attention_mask": torch.tensor(mask, device=self.device),
         }
-        if features:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
-        return inputs
+        if not features:
+            return inputs
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        return shared_inputs(self.model, batch, inputs, self.processor.image_token_id, self.pad)
 
 
 class Stock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -130,5 +130,9 @@ def ask(settings: Settings, data: str | Path) -> list[Asked]:
     asked = []
     for name in dict.fromkeys(settings.benchmarks):
         items = select(TASKS[name].load(root, settings.split.get(name)), settings.limit, settings.seed)
+        paths: dict[Path, Path] = {}  # one object per image, however many questions it has
+        items = [
+            replace(item, image=paths.setdefault(item.image, item.image)) if item.image else item for item in items
+        ]
         asked.append(Asked(name, items, images_shown(name, items, settings.baseline, settings.seed)))
     return asked

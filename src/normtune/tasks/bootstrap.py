@@ -18,7 +18,7 @@ import numpy as np
 from normtune.errors import InputError
 
 RESAMPLES = 1000
-_DRAWS_AT_ONCE = 4_000_000
+_DRAWS_AT_ONCE = 400_000  # a few MB
 Figures = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 

@@ -18,7 +18,7 @@ Rules = Literal["official", "lmms-eval"]
 RULES: tuple[Rules, ...] = ("official", "lmms-eval")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One question. `question` is the whole official prompt without the image's place; `answer` is what the
     scorer needs; `group` is the split, subtask or other stratum that scores are kept by."""
