@@ -341,7 +341,7 @@ def test_plan_prints_a_table(configs: Path, capsys: pytest.CaptureFixture[str]) 
     assert run("plan", "--llm", "llm", "--compare", "lora,layernorm-simple", "--length", "128") == 0
     text = capsys.readouterr().out
     assert "lora (r = 64)" in text and " of lora " in text and "layernorm-simple keeps for backward" in text
-    assert "note: planned for a GPU\n" in text and "note: a step of one micro-batch" in text
+    assert "note: planned for a GPU, padded rows" in text and "note: a step of one micro-batch" in text
     assert "(64 supervised)" in text  # half of the tokens
 
 

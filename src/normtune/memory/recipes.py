@@ -54,9 +54,10 @@ def job_of(
     shape = shape_of(stage, device, batch)
     kind = planned_device(device)
     where = {"cuda": "a GPU", "cpu": "a CPU"}.get(kind.type, kind.type)
-    rows = f", packed rows of {pack_length(kind):,} tokens" if batch is None and packs(stage, kind) else ""
+    packed = batch is None and packs(stage, kind)
+    rows = f"packed rows of {pack_length(kind):,} tokens" if packed else "padded rows"
     shape = replace(shape, supervised=supervised or shape.supervised)
-    return Job(build, stage, shape, dtype, (f"planned for {where}{rows}",))
+    return Job(build, stage, shape, dtype, (f"planned for {where}, {rows}",))
 
 
 def shape_of(stage: Stage, device: str = "auto", batch: int | None = None) -> Shape:
