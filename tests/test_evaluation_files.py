@@ -186,6 +186,13 @@ def test_a_file_that_is_no_journal_is_left_alone(pair: Any, data: Path, tmp_path
     assert (tmp_path / "r" / "journal.jsonl").read_text() == '{"mine": 1}\n'
 
 
+def test_a_file_of_something_else_is_not_overwritten(pair: Any, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(InputError, match="exists already"):
+        into(tmp_path / "r.json", pair, data)
+    assert (tmp_path / "r.json").read_text() == "{}"
+
+
 # ---- what is written ---------------------------------------------------------------------------------------
 
 
@@ -414,6 +421,13 @@ def test_requests_and_images_live_for_a_window(pair: Any, data: Path, monkeypatc
 
     evaluate_model(*pair, ["pope"], data, batch_size=1, progress=look)
     assert len(most) == 2 * 24 and len(requests) >= 24 and max(most) <= engines.WINDOW + 1
+
+
+@pytest.mark.slow
+def test_resident_memory_does_not_grow_with_the_questions(mllm_folder: Path, tmp_path: Path) -> None:
+    benchmark = pytest.importorskip("benchmarks.evaluation")
+    found = benchmark.memory(mllm_folder, [100, 2000], tmp_path, 1)
+    assert found["growth"] < 0.05, found
 
 
 # ---- wrong input -------------------------------------------------------------------------------------------

@@ -214,9 +214,10 @@ def test_the_command_takes_a_stock_llava_folder(
     mllm_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["--benchmarks", "pope,text", "--data", str(data), "--limit", "4", "--json"]
+    words = ["--benchmarks", "pope,text", "--data", str(data), "--limit", "4", "--json", "--dtype", "bfloat16"]
     assert run("evaluate", str(mllm_folder), *words) == 0
     document = json.loads(capsys.readouterr().out)
+    assert document["model"]["dtype"] == "bfloat16"
     assert document["model"]["architecture"] == "LlavaForConditionalGeneration"
     assert Path(document["result"]) == Path("evaluations") / mllm_folder.name / "pope-text-limit4.json"
     assert document["prompts"]["pope"].startswith("<|im_start|>user\n<image>\nIs thing")

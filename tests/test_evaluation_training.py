@@ -124,6 +124,18 @@ def test_an_interrupted_run_goes_on_with_the_best_so_far(
 
 
 @pytest.mark.heavy
+def test_scores_go_to_the_trackers(recipe: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe["trackers"] = ["tensorboard"]
+    train(recipe, out=tmp_path / "run", quiet=True, evaluate=given(0.25, 0.75))
+    (folder,) = {path.parent for path in (tmp_path / "run" / "trackers" / "normtune").glob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder)).Reload().Scalars("instruct/pope")
+    assert [(event.step, event.value) for event in events] == [(6 + 4, 0.25), (6 + 6, 0.75)]
+
+
+@pytest.mark.heavy
 def test_the_command_trains_and_evaluates(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

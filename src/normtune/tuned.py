@@ -97,17 +97,20 @@ def floating(recipe: ModelRecipe) -> ModelRecipe:
     return recipe.model_copy(update={"dtype": "bfloat16"}) if recipe.dtype in ("nf4", "int8") else recipe
 
 
-def open_tuned(path: str | Path, *, force: bool = False, unquantized: bool = False) -> Tuned:
+def open_tuned(path: str | Path, *, force: bool = False, unquantized: bool = False, dtype: str | None = None) -> Tuned:
     """Opens a run folder, its adapter folder, or an MLLM folder (or hub id).
 
     Args:
         force: also where the base's gains are not those that the adapter was trained on.
         unquantized: open the base of a run on nf4 or int8 in bfloat16, to merge into.
+        dtype: of the weights of an MLLM folder (default: float32); a run or an adapter has its recipe's.
 
     Raises:
         InputError: neither of these, a run that has no adapter yet, or an adapter of another base.
     """
     folder = Path(path)
+    if dtype is not None and any((folder / name).is_file() for name in ("recipe.yaml", "adapter.json")):
+        raise InputError(f"{folder} is computed in its recipe's dtype; leave dtype out, or merge it into a model first")
     if (folder / "recipe.yaml").is_file():
         if not (folder / "adapter" / "adapter.json").is_file():
             raise InputError(
@@ -130,5 +133,5 @@ def open_tuned(path: str | Path, *, force: bool = False, unquantized: bool = Fal
         raise InputError(
             f"{folder} is no run, adapter or model folder (no recipe.yaml, adapter.json or config.json in it)"
         )
-    model, processor = load(str(path), dtype="float32")
+    model, processor = load(str(path), dtype=dtype or "float32")
     return Tuned(model, processor)

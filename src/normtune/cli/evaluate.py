@@ -24,6 +24,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of what --limit takes and --baseline shuffled shows.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="Of an MLLM folder: float32 (default), bfloat16.")] = None,
     out: Annotated[Path | None, typer.Option(help="Result FILE.json, or a folder (default: the run's).")] = None,
     against: Annotated[Path | None, typer.Option(help="Another result: show the paired differences.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -42,7 +43,7 @@ def evaluate(
     from normtune.tuned import open_tuned
     from normtune.world import resolve_path
 
-    tuned = open_tuned(model)
+    tuned = open_tuned(model, dtype=dtype)
     asked = tuned.recipe.evaluate if tuned.recipe else None
     names = [name.strip() for name in benchmarks.split(",")] if benchmarks else (asked.benchmarks if asked else [])
     folder = data or (asked.data if asked else None)
@@ -158,7 +159,10 @@ def span(interval: list[float] | None) -> str:
 
 
 def detail(facts: dict[str, Any]) -> str:
-    """The plain numbers of a score, for a person."""
-    numbers = {k: v for k, v in facts.items() if isinstance(v, float) and k != "score"}
-    ties = f", {facts['ties']['count']} ties" if facts["ties"]["count"] else ""
-    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()) + ties
+    """The plain numbers of a score with their intervals, for a person."""
+    parts = []
+    for name, value in facts.items():
+        if isinstance(value, float) and name != "score":
+            own = facts["intervals"].get(name)
+            parts.append(f"{name} {value:.4g}" + (f" ({own[0]:.4g} to {own[1]:.4g})" if own else ""))
+    return ", ".join([*parts, *([f"{facts['ties']['count']} ties"] if facts["ties"]["count"] else [])])
