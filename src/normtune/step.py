@@ -179,10 +179,10 @@ def add_throughput(record: dict[str, Any], waited: float, flops: Flops, peak: fl
 
 
 def size_of(batch: Mapping[str, torch.Tensor]) -> list[int]:
-    """Of a batch: supervised tokens, tokens (of images too, padding not), images that are encoded, attended pairs."""
+    """Of a batch: supervised tokens, tokens (of images too, padding not), distinct images, attended pairs."""
     lengths = batch["lengths"] if "lengths" in batch else batch["attention_mask"].sum(1)
     supervised = int((batch["labels"][:, 1:] != -100).sum())
-    images = len(batch.get("pixel_values", ()))
+    images = len(batch.get("pixel_values", batch.get("features", ())))
     return [supervised, int(lengths.sum()), images, int(causal_pairs(lengths.tolist()))]
 
 

@@ -111,7 +111,7 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
         {"event": "start", "stage": stage.name, "step": first_step, "steps": total, "parameters": report.parameters}
     )
     guard = Guard(loop.model, stage, total)
-    flops, peak = count_flops(loop.model), peak_of(loop)
+    flops, peak = count_flops(loop.model, cached=stage.cache_features), peak_of(loop)
     loop.model.train()
     silent = loop.quiet or not loop.accelerator.is_main_process
     with Bar(stage.name, total, first_step, silent) as bar, ThreadPoolExecutor(1) as pool:
