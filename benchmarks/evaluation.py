@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
     parser.add_argument("--run", type=Path, help="a tuned run of recipes/world.yaml")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--limit", type=int, help="questions per benchmark (default: all)")
     parser.add_argument("--one-by-one", type=int, default=60, help="questions per benchmark asked one by one")
     parser.add_argument("--counts", type=int, nargs="*", default=COUNTS, help="questions whose memory is measured")
     parser.add_argument("--measure", type=Path, help="(a child process) evaluate POPE in this folder, print the peak")
@@ -41,7 +42,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         run = options.run or tuned_world(Path(folder) / "run")
-        result: dict[str, Any] = {"throughput": throughput(run, options.threads, options.one_by_one)}
+        result: dict[str, Any] = {"throughput": throughput(run, options.threads, options.one_by_one, options.limit)}
         result["memory"] = memory(run, options.counts, Path(folder), options.threads)
     result |= {"threads": options.threads, "provenance": provenance()}
     options.json.parent.mkdir(exist_ok=True)
@@ -57,7 +58,7 @@ def tuned_world(folder: Path) -> Path:
     return folder
 
 
-def throughput(run: Path, threads: int, sample: int) -> dict[str, Any]:
+def throughput(run: Path, threads: int, sample: int, limit: int | None) -> dict[str, Any]:
     """By benchmark and over all: questions per second both ways, and how many answers differ."""
     import torch
 
@@ -69,10 +70,10 @@ def throughput(run: Path, threads: int, sample: int) -> dict[str, Any]:
 
     torch.set_num_threads(threads)
     tuned = open_tuned(run)
-    settings = Settings(BENCHMARKS)
+    settings = Settings(BENCHMARKS, limit)
     asked = ask(settings, resolve_path("world:eval"))
     one_by_one(tuned, asked[0], 4)  # the first calls are slower
-    collect(tuned.model, tuned.processor, Settings(("pope",), limit=96), asked[1], Given(len(asked[1])), BATCH)
+    collect(tuned.model, tuned.processor, settings, asked[1], Given(len(asked[1])), BATCH)
     rows: dict[str, Any] = {}
     for one in asked:
         texts, alone = one_by_one(tuned, one, sample)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import evaluation as benchmark
 
 from asked import IMAGES, picture, write_benchmarks
 from command import run
@@ -424,10 +425,21 @@ def test_requests_and_images_live_for_a_window(pair: Any, data: Path, monkeypatc
 
 
 @pytest.mark.slow
-def test_resident_memory_does_not_grow_with_the_questions(mllm_folder: Path, tmp_path: Path) -> None:
-    benchmark = pytest.importorskip("benchmarks.evaluation")
-    found = benchmark.memory(mllm_folder, [100, 2000], tmp_path, 1)
-    assert found["growth"] < 0.05, found
+def test_resident_memory_does_not_grow_with_the_questions(
+    mllm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The benchmark as a program: memory of 100 and of 2,000 questions, and answers as those of plain transformers."""
+    words = ["--run", str(mllm_folder), "--threads", "1", "--limit", "4", "--one-by-one", "4"]
+    words += ["--counts", "100", "2000", "--json", str(tmp_path / "figures.json")]
+    monkeypatch.setattr(sys, "argv", ["evaluation", *words])
+    benchmark.main()
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["memory"]["growth"] < 0.05, found
+    rows = found["throughput"]["benchmarks"]
+    compared = [row for name, row in rows.items() if name != "all"]
+    assert len(compared) == 5 and all(row["answers_compared"] == 4 for row in compared)
+    assert all(row["answers_that_differ"] == row["of_these_ties"] for row in compared)
+    assert "growth" in capsys.readouterr().out
 
 
 # ---- wrong input -------------------------------------------------------------------------------------------
