@@ -187,6 +187,47 @@ def test_a_file_that_is_no_journal_is_left_alone(pair: Any, data: Path, tmp_path
     assert (tmp_path / "r" / "journal.jsonl").read_text() == '{"mine": 1}\n'
 
 
+@pytest.mark.parametrize("content", ["my notes\n", "my notes", '{"mine": 1}', "[1]\n{}", '{"format": 1}\n\x00\x00\n'])
+def test_foreign_files_keep_their_bytes(content: str, pair: Any, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "journal.jsonl").write_text(content)
+    with pytest.raises(InputError, match="journal"):
+        into(tmp_path / "r.json", pair, data)
+    assert written(tmp_path) == {"r/journal.jsonl": content.encode()}
+
+
+def test_a_damaged_line_amid_the_journal_is_named(pair: Any, data: Path, tmp_path: Path) -> None:
+    into(tmp_path / "r.json", pair, data, batch_size=4)
+    path = tmp_path / "r" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    harmed = b"".join([*lines[:3], b"\x00" * 20 + b"\n", *lines[4:]])
+    path.write_bytes(harmed)
+    for options in ({}, {"against": tmp_path / "r.json"}):
+        with pytest.raises(InputError, match="line 4 is damaged"):
+            into(tmp_path / "r.json", pair, data, **options)
+    assert path.read_bytes() == harmed
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", '{"benchmark": "pope", "answers": 3}', '{"benchmark": "pope", "answers": [{}]}']
+)
+def test_against_a_journal_with_other_records(line: str, pair: Any, data: Path, tmp_path: Path) -> None:
+    into(tmp_path / "r.json", pair, data, limit=4)
+    path = tmp_path / "r" / "journal.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + f"\n{line}\n")
+    with pytest.raises(InputError, match="line 2 is damaged"):
+        into(tmp_path / "s.json", pair, data, limit=4, against=tmp_path / "r.json")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 30, -1])
+def test_a_torn_first_line_is_written_anew(kept: int, pair: Any, data: Path, tmp_path: Path) -> None:
+    whole = into(tmp_path / "r.json", pair, data, limit=4)
+    path = tmp_path / "r" / "journal.jsonl"
+    full = path.read_bytes()
+    path.write_bytes(full.splitlines(keepends=True)[0][:kept])
+    assert lasting(into(tmp_path / "r.json", pair, data, limit=4)) == lasting(whole) and path.read_bytes() == full
+
+
 def test_a_file_of_something_else_is_not_overwritten(pair: Any, data: Path, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(InputError, match="exists already"):

@@ -25,6 +25,7 @@ except ImportError:  # no such locks on this system: nobody is kept from writing
 
 NAME = "journal.jsonl"
 FORMAT = 1
+_BEGINNING = json.dumps({"format": FORMAT, "settings": {}}).encode()[:-2]
 
 
 class Given:
@@ -102,7 +103,7 @@ class Journal:
         """Reads what is there and cuts off a torn last line; whether there were settings, which are checked."""
         places: dict[str, dict[str, int]] = {}
         good, found = 0, False
-        for record, end in _complete_lines(self.file):
+        for record, end in _complete_lines(self.file, self.path):
             if not found:
                 _check_same(settings, record, self.path)
                 found = True
@@ -117,35 +118,48 @@ class Journal:
 
 
 def read_answers(folder: Path) -> dict[str, dict[str, str]]:
-    """The answers in the journal of a folder: {benchmark: {id: text}}. InputError where there is none."""
+    """The answers in the journal of a folder: {benchmark: {id: text}}. InputError where none can be read."""
     try:
         with (folder / NAME).open("rb") as file:
-            records = [record for record, _ in _complete_lines(file)]
+            records = [record for record, _ in _complete_lines(file, folder / NAME)]
     except OSError as error:
         raise InputError(
             f"{folder / NAME}: {error.strerror}; a comparison needs the answers behind a result.\n"
             "Keep the folder of predictions beside the result's file."
         ) from None
     found: dict[str, dict[str, str]] = {}
-    for record in records[1:]:
-        for own in record["answers"]:
-            found.setdefault(record["benchmark"], {})[own["id"]] = own["answer"]
+    for number, record in enumerate(records[1:], 2):
+        try:
+            for own in record["answers"]:
+                found.setdefault(record["benchmark"], {})[own["id"]] = own["answer"]
+        except (KeyError, TypeError):
+            raise _damaged(folder / NAME, number, "compare with another result") from None
     return found
 
 
-def _complete_lines(file: IO[bytes]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line's record, and where it ends in the file."""
+def _complete_lines(file: IO[bytes], path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each line's record, and where it ends in the file; without a last line that a crash cut off.
+
+    InputError for a whole line that is no record, and for a torn first line that no journal begins with."""
     file.seek(0)
     end = 0
-    for line in file:
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            if number == 1 and not line.startswith(_BEGINNING[: len(line)]):
+                raise _damaged(path, number)
+            return
         try:
             record = json.loads(line)
         except ValueError:
-            return
-        if not line.endswith(b"\n") or not isinstance(record, dict):
-            return
+            record = None
+        if not isinstance(record, dict):
+            raise _damaged(path, number)
         end += len(line)
         yield record, end
+
+
+def _damaged(path: Path, number: int, otherwise: str = "choose another --out") -> InputError:
+    return InputError(f"{path}: line {number} is damaged, or this is no journal.\nRemove {path.parent} or {otherwise}.")
 
 
 def _take(
