@@ -78,16 +78,6 @@ class Task:
         return self.measure(items, answers, rules).scores
 
 
-def ratio(part: float, whole: float) -> float:
-    """`part / whole`, and 0.0 where `whole` is 0."""
-    return part / whole if whole else 0.0
-
-
-def mean(values: Sequence[float]) -> float:
-    """The mean, and 0.0 of nothing."""
-    return ratio(sum(values), len(values))
-
-
 def check_rules(rules: str) -> None:
     """InputError unless `rules` is a name in RULES."""
     if rules not in RULES:

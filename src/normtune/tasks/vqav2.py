@@ -32,7 +32,7 @@ from normtune.tasks.files import (
     stored_image,
     unique,
 )
-from normtune.tasks.items import Item, Joined, Measured, Rules, check_rules, joined, mean, no_split, paired
+from normtune.tasks.items import Item, Joined, Measured, Rules, check_rules, joined, no_split, paired
 
 PROMPT = "{question}\nAnswer the question using a single word or phrase."
 SPLITS = ("val2014", "train2014", "test-dev2015", "test2015")
@@ -198,8 +198,10 @@ def accuracy(prediction: str, answers: Sequence[dict[str, Any]], rules: Rules = 
         guess, texts = normalize(guess), [normalize(text) for text in texts]
     matching = [{**answer, "answer": guess} for answer, text in zip(answers, texts, strict=True) if text == guess]
     # a human whose answer is another one sees all matches; one that matches sees those whose object differs
-    marks = [min(1.0, (len(matching) - matching.count(own)) / 3) for own in matching]
-    return (sum(marks) + (len(texts) - len(marks)) * min(1.0, len(matching) / 3)) / len(texts)
+    own = iter(matching)
+    seen = [len(matching) - (matching.count(next(own)) if text == guess else 0) for text in texts]
+    # added up in the official order: in another one the last bits, and so a rounded percentage, may differ
+    return sum(min(1.0, count / 3) for count in seen) / len(seen)
 
 
 def _one_line(text: str) -> str:
@@ -239,4 +241,5 @@ def measure(items: Sequence[Item], answers: Sequence[str], rules: Rules = "offic
 
 
 def _percent(marks: Sequence[float]) -> float:
-    return round(100 * mean(marks), 2)
+    """The official rounding: 100 times the sum over the number, 100 times first. 0 for no question."""
+    return round(100 * float(sum(marks)) / len(marks), 2) if marks else 0.0
