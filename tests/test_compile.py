@@ -104,7 +104,7 @@ def test_packed_rows_and_checkpointing(checkpointed: bool) -> None:
     assert all(is_compiled(model)) and graphs() <= 2  # checkpointing lets the first input have a gradient, too
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "activations"), [("llama", "exact"), ("llama", "8bit")])
 def test_the_code_of_the_compiler_keeps_the_floor(
     name: str, activations: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
