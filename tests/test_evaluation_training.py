@@ -15,12 +15,13 @@ from asked import write_benchmarks
 from command import run
 from normtune.adapter import read_adapter
 from normtune.errors import InputError
-from normtune.evaluation import evaluate_model
+from normtune.evaluation import Settings, evaluate_model
 from normtune.evaluation.during import during_training
+from normtune.model import load
 from normtune.recipe import load_recipe
 from normtune.training import Interrupted, train
 from normtune.training import loop as stage_loop
-from normtune.tuned import open_tuned
+from normtune.tuned import Tuned, open_tuned
 from toys import toy_data, toy_recipe
 
 
@@ -153,6 +154,44 @@ def test_the_command_trains_and_evaluates(
     document = json.loads(capsys.readouterr().out)
     assert document["scores"]["mme"]["perception"] == read_adapter("one/best")[1]["best"]["value"]
     assert document["result"] == "one/evaluations/best/mme-limit4.json"
+
+
+@pytest.mark.parametrize(
+    "words, limit, shown",
+    [
+        ([], 6, True),
+        (["--limit", "0"], None, False),
+        (["--limit", "3"], 3, False),
+        (["--benchmarks", "mme"], None, False),
+        (["--data", "DATA"], None, False),
+    ],
+)
+def test_the_recipes_limit_holds_for_the_recipes_questions(
+    words: list[str],
+    limit: int | None,
+    shown: bool,
+    recipe: dict[str, Any],
+    data: Path,
+    mllm_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe["evaluate"].update(limit=6, data=str(data))
+    model, processor = load(mllm_folder)
+    tuned = Tuned(model, processor, load_recipe(recipe))
+    monkeypatch.setattr("normtune.tuned.open_tuned", lambda path, dtype=None: tuned)
+    monkeypatch.setattr("normtune.cli.evaluate.about", lambda model, tuned: {})
+    asked: list[Settings] = []
+
+    def look(target: Path, model: Any, processor: Any, settings: Settings, *args: Any, **options: Any) -> Any:
+        asked.append(settings)
+        return {}
+
+    monkeypatch.setattr("normtune.evaluation.evaluate_into", look)
+    words = [str(data) if word == "DATA" else word for word in words]
+    assert run("evaluate", "some/run", "--json", *words) == 0
+    assert [settings.limit for settings in asked] == [limit]
+    assert ("limit 6 (the recipe's)" in capsys.readouterr().err) == shown
 
 
 @pytest.mark.parametrize(

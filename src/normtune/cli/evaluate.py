@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Run folder, adapter folder or MLLM folder.")],
     benchmarks: Annotated[str | None, typer.Option(help="Comma-separated: pope,mme,vqav2,coco,flickr30k,text.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder with the benchmarks in their official layouts.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items per benchmark, whole images at a time.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=0, help="Items per benchmark, whole images at a time; 0: all.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Another split: popular, or pope=popular,coco=val2017.")] = None,
     rules: Annotated[str, typer.Option(help="official or lmms-eval: how answers are read.")] = "official",
     baseline: Annotated[str, typer.Option(help="blind: without the image; shuffled: another item's.")] = "none",
@@ -29,7 +32,8 @@ def evaluate(
     against: Annotated[Path | None, typer.Option(help="Another result: show the paired differences.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Score a model on benchmarks; a run's own recipe gives benchmarks and data where they are not named.
+    """Score a model on benchmarks; a run's own recipe gives benchmarks and data where they are not named, and its limit
+    where neither is.
 
     Answers go to disk as they come: the same command goes on where an interrupted one was.
 
@@ -49,8 +53,11 @@ def evaluate(
     folder = data or (asked.data if asked else None)
     if not names or folder is None:
         raise InputError(f"{model} has no `evaluate` section in a recipe: give --benchmarks and --data")
-    unique, limit = tuple(dict.fromkeys(names)), limit or (asked.limit if asked else None)
-    settings = Settings(unique, limit, splits_of(split, unique), baseline, rules, mode, seed)  # type: ignore[arg-type]
+    if limit is None and asked and asked.limit and not benchmarks and not data:
+        limit = asked.limit
+        print(f"limit {limit} (the recipe's); --limit 0 asks everything", file=sys.stderr)
+    unique = tuple(dict.fromkeys(names))
+    settings = Settings(unique, limit or None, splits_of(split, unique), baseline, rules, mode, seed)  # type: ignore[arg-type]
     place(tuned, device)
     target = target_of(out, model, settings)
     with Bars() as bars:
