@@ -204,9 +204,13 @@ def test_load_llava(tmp_path: Path) -> None:
     "records, message",
     [
         ([llava(1, "popular")], "line 1: category 'popular' has no file"),
-        ([llava(1, "random", image="b.jpg")], "line 1: question 1 of 'random' is about b.jpg"),
+        (
+            [llava(1, "random", image="b.jpg")],
+            "line 1: question 1 of 'random', 'Is there an apple.*' about b.jpg, is not",
+        ),
         ([llava(n, "random") for n in (1, 2, 3)], "line 3: question 3 of 'random'"),
         ([llava(1, "random")], "1 questions of 'random' for 2 labels"),
+        ([llava(1, "random", text="Is there a dog?")], "line 1: question 1 of 'random', 'Is there a dog"),
         ([llava(1, "random")] * 2, "id 'random/1' occurs twice"),
     ],
 )
@@ -215,6 +219,15 @@ def test_wrong_llava(tmp_path: Path, records: list[dict[str, object]], message: 
     write_llava(tmp_path, records)
     with pytest.raises(InputError, match=message):
         pope.load(tmp_path)
+
+
+def test_llava_must_ask_every_labelled_split(tmp_path: Path) -> None:
+    write(tmp_path, "random", [record(1)])
+    write(tmp_path, "popular", [record(1)])
+    write_llava(tmp_path, [llava(1, "random")])
+    with pytest.raises(InputError, match="0 questions of 'popular' for 1 labels"):
+        pope.load(tmp_path)
+    assert [item.id for item in pope.load(tmp_path, "random")] == ["random/1"]
 
 
 def test_load_rows(tmp_path: Path) -> None:
@@ -249,7 +262,7 @@ def answers_in(path: Path, *records: dict[str, object]) -> Path:
 
 
 def by_id(*ids: object) -> list[dict[str, object]]:
-    return [{"question_id": key, "prompt": "?", "text": f"{key}", "answer_id": "x", "model_id": "m"} for key in ids]
+    return [{"question_id": key, "text": f"{key}", "answer_id": "x", "model_id": "m"} for key in ids]
 
 
 def told(joined: Joined) -> list[tuple[str, str]]:
@@ -314,6 +327,21 @@ def test_join_by_llavas_ids(tmp_path: Path) -> None:
     assert told(part) == [("popular/1", "20000001"), ("adversarial/1", "1")] and part.absent == 3
 
 
+@pytest.mark.parametrize("key", ["prompt", "question"])
+@pytest.mark.parametrize("first", [1, 10000001])
+def test_an_id_that_quotes_another_question(tmp_path: Path, first: int, key: str) -> None:
+    """The published versions differ by a typo and by 90 questions: with the wrong one, ids are shifted."""
+    (path,) = labels_of(tmp_path, random=2)
+    path.write_text(path.read_text().replace("thing 0?", "an imange?"))
+    asked = ["an image?\nAnswer the question using a single word or phrase.", " thing 1? Answer with yes or no."]
+    given = [{key: text} | answer for text, answer in zip(asked, by_id(first, first + 1), strict=True)]
+    assert len(pope_predictions.join([answers_in(tmp_path / "a.jsonl", *given)], [path]).items) == 2
+    given[1][key] = "thing 2?"
+    message = f"a.jsonl, line 2: question_id {first + 1} answers 'thing 2\\?'(.|\n)*version that was asked"
+    with pytest.raises(InputError, match=message):
+        pope_predictions.join([answers_in(tmp_path / "a.jsonl", *given)], [path])
+
+
 @pytest.mark.parametrize(
     "splits, ids, message",
     [
@@ -351,3 +379,37 @@ def test_one_file_of_answers_per_split(tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
         pope_predictions.join(files, [tmp_path / "empty"])
     assert told(pope_predictions.join([files[1]], labels[:1], "random")) == [("random/1", "random")]
+
+
+def test_whole_splits_may_be_missing(tmp_path: Path) -> None:
+    labels = labels_of(tmp_path, random=1, popular=2, adversarial=3)
+    names = ("adversarial", "random")
+    files = [answers_in(tmp_path / f"{n}.jsonl", *[{"answer": n}] * (3 if n == names[0] else 1)) for n in names]
+    with pytest.raises(InputError, match="predictions of adversarial, random for labels of random, popular"):
+        pope_predictions.join(files, labels)
+    found = pope_predictions.join(files, labels, None, True)
+    assert [item.group for item in found.items] == ["random", *["adversarial"] * 3] and found.absent == 2
+    with pytest.raises(InputError, match="predictions of adversarial, random"):
+        pope_predictions.join(files, labels, "popular")
+    with pytest.raises(InputError, match="holds no answers to split 'popular'"):
+        pope_predictions.join(files, labels, "popular", True)
+    assert told(pope_predictions.join(files, labels, "random")) == [("random/1", "random")]
+
+
+def test_one_split_of_a_file_of_all(tmp_path: Path) -> None:
+    """All labels are joined first: LLaVA's ids of another split are no ids of this one."""
+    labels = labels_of(tmp_path, random=2, popular=2, adversarial=2)
+    ids = (1, 2, 10000001, 10000002, 20000001, 20000002)
+    path = answers_in(tmp_path / "a.jsonl", *by_id(*ids))
+    for start, split in zip((0, 2, 4), ("adversarial", "random", "popular"), strict=True):
+        expected = [(f"{split}/{k + 1}", str(ids[start + k])) for k in range(2)]
+        assert told(pope_predictions.join([path], labels, split)) == expected
+    answers_in(path, *by_id(1, 2, 10000001))
+    with pytest.raises(InputError, match="no prediction for question 'random/2'"):
+        pope_predictions.join([path], labels, "random")
+    part = pope_predictions.join([path], labels, "random", True)
+    assert told(part) == [("random/1", "10000001")] and part.absent == 1
+    in_order = answers_in(tmp_path / "b.jsonl", *[{"answer": str(n)} for n in range(6)])
+    assert told(pope_predictions.join([in_order], labels, "popular")) == [("popular/1", "2"), ("popular/2", "3")]
+    own = answers_in(tmp_path / "popular.jsonl", *by_id(1, 2))  # the ids of the split's own labels
+    assert told(pope_predictions.join([own], labels, "popular")) == [("popular/1", "1"), ("popular/2", "2")]

@@ -38,7 +38,7 @@ def load(data: Path, split: str | None = None) -> list[Item]:
     if labels:
         items = [item for name, path in labels.items() for item in read_labels(path, name, data / "val2014")]
         if (root / "llava_pope_test.jsonl").exists():
-            items = _llava(root / "llava_pope_test.jsonl", items)
+            items = _llava(root / "llava_pope_test.jsonl", items, split)
     elif rows:
         items = [item for name, files in rows.items() for path in files for item in _rows(path, name, data)]
         unique(items, root)
@@ -72,8 +72,14 @@ def _label(text: str, where: str) -> str:
     return label
 
 
-def _llava(path: Path, labelled: list[Item]) -> list[Item]:
-    """LLaVA's questions with the official labels, joined by category and order: the ids of the files differ."""
+def wording(question: str) -> str:
+    """A question without LLaVA's request for one word and without the typo of the first published version."""
+    return question.strip().removesuffix(PROMPT.removeprefix("{question}\n")).strip().replace("imange", "image")
+
+
+def _llava(path: Path, labelled: list[Item], asked: str | None) -> list[Item]:
+    """LLaVA's questions with the official labels, joined by category and order: the ids of the files differ. Every
+    labelled split, or the one that is `asked`, must be there."""
     waiting = {split: [item for item in labelled if item.group == split] for split in SPLITS}
     used = dict.fromkeys(SPLITS, 0)
     items = []
@@ -85,14 +91,16 @@ def _llava(path: Path, labelled: list[Item]) -> list[Item]:
         own = waiting[split][min(used[split], len(waiting[split]) - 1)]
         image = field(record, "image", str, where)
         used[split] += 1
-        if used[split] > len(waiting[split]) or own.image is None or own.image.name != image:
+        same = own.image is not None and own.image.name == image and wording(text) == wording(own.question)
+        if used[split] > len(waiting[split]) or not same:
             raise InputError(
-                f"{where}: question {used[split]} of '{split}' is about {image}, the label file's is not.\n"
+                f"{where}: question {used[split]} of '{split}', '{wording(text):.60}' about {image}, "
+                "is not the label file's.\n"
                 "Use the label files of the version that LLaVA's questions were made from (e3e3926)."
             )
         key = f"{split}/{field(record, 'question_id', (int, str), where)}"
         items.append(Item(key, own.image, text, own.answer, split))
-    short = next((s for s in SPLITS if used[s] not in (0, len(waiting[s]))), None)
+    short = next((s for s in SPLITS if asked in (None, s) and used[s] != len(waiting[s])), None)
     if short:
         raise InputError(
             f"{path}: {used[short]} questions of '{short}' for {len(waiting[short])} labels.\nUse matching files."
