@@ -10,6 +10,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ from normtune.evaluation import (
     prefixes,
     questions,
 )
+from normtune.evaluation.formats import Predictions
+from normtune.evaluation.journal import Given
+from normtune.evaluation.questions import Asked
 from normtune.images import open_image
 from normtune.model import load
-from normtune.tasks import TASKS, caption_scores
+from normtune.tasks import RULES, TASKS, Rules, caption_scores, mme
 
 FIVE = "pope,mme,vqav2,coco,flickr30k,text"
 
@@ -283,7 +287,15 @@ def test_predictions_grow_with_the_answers(pair: Any, data: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "text, line", [("a\tb", "a b"), ("yes\nno", "yes no"), ("a\u2028b\r\nc", "a b c"), ("", ""), ("No", "No")]
+    "text, line",
+    [
+        ("a\tb", "a b"),
+        ("yes\nno", "yes no"),
+        ("a\u2028b\r\nc", "a b  c"),
+        ("", ""),
+        ("No", "No"),
+        ("\n\nNo\n", "  No "),
+    ],
 )
 def test_a_response_cannot_break_mmes_lines(text: str, line: str, data: Path) -> None:
     from normtune.evaluation.formats import ROWS
@@ -291,6 +303,25 @@ def test_a_response_cannot_break_mmes_lines(text: str, line: str, data: Path) ->
     item = TASKS["mme"].load(data)[0]
     name, row = ROWS["mme"](item, text)
     assert name == "existence.txt" and row.split("\t")[3] == line and len(row.split("\t")) == 4
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_mmes_file_scores_as_the_answers_do(rules: Rules, data: Path, tmp_path: Path) -> None:
+    """Also where white space decides whether a yes is among the first four characters."""
+    breaks = [chr(code) for code in range(sys.maxunicode + 1) if len(f"a{chr(code)}b".splitlines()) > 1]
+    spaces = [*breaks, "\t", "\r\n"]
+    before = [f"{space * count}Yes." for space in spaces for count in (1, 2, 3)]
+    texts = [*before, *(f"n{space}yes" for space in spaces), *(f"Y{space}" for space in spaces)]
+    (item,) = TASKS["mme"].load(data, "count")[:1]
+    items = [replace(item, id=f"count/{k // 2}.png/{k % 2}", image=Path(f"{k // 2}.png")) for k in range(len(texts))]
+    items = [replace(one, question=f"Is it {k}?") for k, one in enumerate(items)]
+    assert len(texts) % 2 == 0
+    given = Given(len(texts))
+    for place, text in enumerate(texts):
+        given.put(place, text, False)
+    Predictions(tmp_path, Asked("mme", items, [None] * len(items)), given)
+    found = mme.join([tmp_path], [], split="count")
+    assert mme.measure(found.items, found.answers, rules).scores == mme.measure(items, texts, rules).scores
 
 
 def test_the_document_says_what_it_depends_on(pair: Any, data: Path, tmp_path: Path) -> None:

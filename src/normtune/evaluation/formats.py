@@ -20,6 +20,7 @@ from normtune.runlog import wrapped_disk_errors
 from normtune.tasks import Item
 
 _END = "\n]\n"
+_BLANKS = dict.fromkeys(map(ord, "\t\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"), " ")  # all that str.splitlines knows
 Row = tuple[str, str]
 """A file's name and what is written there: a line of .jsonl or .txt, an element of a .json list."""
 
@@ -38,10 +39,11 @@ def _pope(item: Item, text: str) -> Row:
 
 
 def _mme(item: Item, text: str) -> Row:
-    """The official program takes lines apart at tabs: blanks stand for them, and for line breaks, in a response."""
+    """The official program takes lines apart at tabs: a blank stands for each of them and for each line break. One for
+    one, because answers are read from their first four characters."""
     image = item.image.name if item.image else item.id
     fields = (image, item.question, item.answer.capitalize(), text)
-    return f"{item.group}.txt", "\t".join(" ".join(field.splitlines()).replace("\t", " ") for field in fields)
+    return f"{item.group}.txt", "\t".join(field.translate(_BLANKS) for field in fields)
 
 
 def _vqav2(item: Item, text: str) -> Row:
