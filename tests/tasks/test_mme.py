@@ -180,7 +180,8 @@ def test_missing_subtasks(tmp_path: Path) -> None:
     folder = write_results(tmp_path / "r", count=lines_of("Yes", "No"))
     with pytest.raises(InputError, match=r"no existence\.txt \(13 of 14 subtasks are missing\)"):
         mme.join([folder], [])
-    assert len(mme.join([folder], [], None, True).items) == 2
+    part = mme.join([folder], [], None, True)
+    assert len(part.items) == 2 and part.absent == 2374 - 60  # of the official questions
     with pytest.raises(InputError, match=r"no existence\.txt \(14 of 14"):
         mme.join([write_results(tmp_path / "empty")], [], None, True)
     with pytest.raises(InputError, match="no subtask 'counts'"):
@@ -214,7 +215,24 @@ def test_half_a_pair_may_be_left_out(tmp_path: Path) -> None:
     lines = lines_of("Yes", "No", "Yes", "No", "No", "No")
     folder = write_results(tmp_path / "r", count=lines[:1] + lines[2:5])
     found = mme.join([folder], [], "count", True)
-    assert [item.id for item in found.items] == ["count/1.jpg/2", "count/1.jpg/3"] and found.absent == 2
+    assert [item.id for item in found.items] == ["count/1.jpg/2", "count/1.jpg/3"] and found.absent == 4
+
+
+LLAVA = " Answer the question using a single word or phrase."
+
+
+@pytest.mark.parametrize("name", ["001.txt", "001.png", "count/001.jpg", "001"])
+@pytest.mark.parametrize("suffix", [LLAVA, "  Please answer yes or no.", " Please answer yes or no." + LLAVA, ""])
+def test_join_in_llavas_form(tmp_path: Path, name: str, suffix: str) -> None:
+    """LLaVA's result files name the text file, and its prompts end otherwise."""
+    write(tmp_path, "count", "001", TWO)
+    lines = [f"{name}\tIs it {color}?{suffix}\t{label}\t{label}" for color, label in (("red", "Yes"), ("blue", "No"))]
+    found = mme.join([write_results(tmp_path / "r", count=lines)], [tmp_path])
+    assert [item.id for item in found.items] == ["count/001.jpg/1", "count/001.jpg/2"] and found.absent == 0
+    assert found.answers == ["Yes", "No"]
+    lines[0] = lines[0].replace("red", "green")
+    with pytest.raises(InputError, match=r"'Is it green\?'.* is not in the annotations"):
+        mme.join([write_results(tmp_path / "r", count=lines)], [tmp_path])
 
 
 def test_join_against_the_official_questions(tmp_path: Path) -> None:

@@ -389,6 +389,8 @@ def test_whole_splits_may_be_missing(tmp_path: Path) -> None:
         pope_predictions.join(files, labels)
     found = pope_predictions.join(files, labels, None, True)
     assert [item.group for item in found.items] == ["random", *["adversarial"] * 3] and found.absent == 2
+    alone = pope_predictions.join([files[0]], labels, None, True)  # not the first labels there are
+    assert [item.group for item in alone.items] == ["adversarial"] * 3 and alone.absent == 3
     with pytest.raises(InputError, match="predictions of adversarial, random"):
         pope_predictions.join(files, labels, "popular")
     with pytest.raises(InputError, match="holds no answers to split 'popular'"):

@@ -10,6 +10,7 @@ Source: BradyFU/Awesome-Multimodal-Large-Language-Models, `calculation.py`; Fu e
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,11 @@ PERCEPTION = (
 )
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUBTASKS = PERCEPTION + COGNITION
+_QUESTIONS = {  # in the official release: two per image
+    **dict.fromkeys(("existence", "count", "position", "color"), 60),
+    **{"posters": 294, "celebrity": 340, "scene": 400, "landmark": 400, "artwork": 400, "OCR": 40},
+    **{"commonsense_reasoning": 140, "numerical_calculation": 40, "text_translation": 40, "code_reasoning": 40},
+}
 _IMAGES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG")
 _ASKED = "Please answer yes or no."
 _LLAVA = "\nAnswer the question using a single word or phrase."
@@ -168,6 +174,7 @@ def join(
             answers += [answer for _, answer in found]
     if not official:
         items, answers, lost = _whole_pairs(items, answers, folder, allow_missing)
+        lost += sum(_QUESTIONS[name] for name in missing)
         return Joined(items, answers, lost, "image, labels in the result files")
     return _against(official, items, answers, folder, allow_missing)
 
@@ -208,7 +215,7 @@ def _results(path: Path, subtask: str) -> list[tuple[Item, str]]:
 def _whole_pairs(
     items: list[Item], answers: list[str], folder: Path, allow_missing: bool
 ) -> tuple[list[Item], list[str], int]:
-    """Images with two lines; how many questions are lost with those that have one."""
+    """Images with two lines; how many questions those lose that have one: two each, as acc+ needs both."""
     count: dict[str, int] = {}
     for item in items:
         count[_image(item)] = count.get(_image(item), 0) + 1
@@ -221,19 +228,27 @@ def _whole_pairs(
                 + (", or leave such images out with --allow-missing." if number < 2 else ".")
             )
     kept = [(item, answer) for item, answer in zip(items, answers, strict=True) if count[_image(item)] == 2]
-    return [item for item, _ in kept], [answer for _, answer in kept], sum(number < 2 for number in count.values())
+    return [item for item, _ in kept], [answer for _, answer in kept], 2 * sum(n < 2 for n in count.values())
 
 
 def _against(official: list[Item], items: list[Item], answers: list[str], folder: Path, allow_missing: bool) -> Joined:
-    """The responses joined to the official questions by subtask, image and wording."""
-    given: dict[tuple[str, str], str] = {}
+    """The responses joined to the official questions by subtask, image (whatever its suffix: LLaVA writes NAME.txt) and
+    wording."""
+    given: dict[tuple[str, str, str], str] = {}
     for item, answer in zip(items, answers, strict=True):
-        add_prediction(given, (_image(item), item.question.strip()), answer, "question", str(folder))
-    keys = [(_image(item), item.question) for item in official]
+        add_prediction(given, _asked(item), answer, "question", str(folder))
+    keys = [_asked(item) for item in official]
     if allow_missing:
-        whole = {image for image, _ in keys if sum(key[0] == image for key in given) == 2}
-        given = {key: answer for key, answer in given.items() if key[0] in whole or key not in set(keys)}
+        known, count = set(keys), Counter(key[:2] for key in given)
+        whole = {key[:2] for key in keys if count[key[:2]] == 2}
+        given = {key: answer for key, answer in given.items() if key[:2] in whole or key not in known}
     return joined(official, given, keys, folder, by="image and question", allow_missing=allow_missing)
+
+
+def _asked(item: Item) -> tuple[str, str, str]:
+    """Subtask, name of the image, and the question without the request for yes or no, or for one word."""
+    question = item.question.strip().removesuffix(_LLAVA.strip()).strip().removesuffix(_ASKED).strip()
+    return item.group, Path(_image(item)).stem, question
 
 
 def _image(item: Item) -> str:

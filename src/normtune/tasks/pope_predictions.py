@@ -34,7 +34,7 @@ def join(
     if split is not None:
         chosen([item for items in labels.values() for item in items], split, annotations[0])  # there is such a split
     files = [path for given in predictions for path in _files(given)]
-    if len(files) == 1:
+    if len(files) == 1 and not (allow_missing and split is None and _is_one_split(files[0], labels)):
         return _join(files[0], labels, split, allow_missing)
     by_split = {_split_of(path): path for path in files}
     unlabelled, unanswered = set(by_split) - set(labels), set(labels) - set(by_split)
@@ -68,6 +68,12 @@ def _files(given: Path) -> list[Path]:
 
 def _split_of(path: Path) -> str:
     return next((split for split in SPLITS if split in path.stem), path.stem)
+
+
+def _is_one_split(path: Path, labels: dict[str, list[Item]]) -> bool:
+    """Whether a file of answers is named after a labelled split and not longer than it."""
+    name = _split_of(path)
+    return name in labels and len(list(read_json_lines(path))) <= len(labels[name])
 
 
 def _label_files(annotations: Sequence[Path]) -> dict[str, Path]:
