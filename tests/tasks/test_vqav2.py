@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normtune.errors import InputError
-from normtune.tasks import TASKS, Item, vqav2
+from normtune.tasks import TASKS, Item, files, vqav2
 
 
 @pytest.mark.parametrize(
@@ -206,6 +206,23 @@ def test_broken_json_names_line_and_column(tmp_path: Path) -> None:
     (tmp_path / "vqav2" / "v2_mscoco_val2014_annotations.json").write_text('{"annotations": [\n  {]}')
     with pytest.raises(InputError, match=r"annotations\.json, line 2, column 4: not JSON"):
         vqav2.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ("9" * 5000, "an integer with too many digits"),
+        ("[" * 100_000 + "]" * 100_000, "JSON nested too deeply"),
+    ],
+)
+@pytest.mark.parametrize("name", ["val2014_annotations.json", "validation.jsonl"])
+def test_json_that_python_cannot_read(tmp_path: Path, value: str, message: str, name: str) -> None:
+    path = tmp_path / name
+    path.write_text(f'{{"question_id": 1}}\n{{"question_id": {value}}}' if name.endswith("l") else f'{{"a": {value}}}')
+    line = 2 if name.endswith("l") else 1
+    with pytest.raises(InputError, match=f"{name}, from line {line}: {message}") as caught:
+        list(files.read_rows(path)) if name.endswith("l") else files.read_json(path)
+    assert len(str(caught.value).splitlines()) == 2
 
 
 def test_missing_file(tmp_path: Path) -> None:

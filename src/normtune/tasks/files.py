@@ -157,10 +157,7 @@ def _lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _not_json(path, number, error.colno, error.msg) from None
+        record = _loads(line, path, number)
         if not isinstance(record, dict):
             raise InputError(f"{path}, line {number}: not a JSON object.\nThe file is JSON Lines: one object per line.")
         yield f"{path}, line {number}", record
@@ -188,12 +185,21 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parsed(path: Path, text: str) -> Any:
     if not text.strip():
         raise InputError(f"{path}: the file is empty.\nWrite or download it again.")
+    return _loads(text, path)
+
+
+def _loads(text: str, path: Path, first: int = 1) -> Any:
+    """The JSON in `text`, which begins at line `first` of `path`; InputError for what Python cannot read, which besides
+    wrong syntax is an integer of more than 4,300 digits and deep nesting."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise _not_json(path, error.lineno, error.colno, error.msg) from None
+        raise _not_json(path, first + error.lineno - 1, error.colno, error.msg) from None
+    except ValueError:
+        problem = "an integer with too many digits"
     except RecursionError:
-        raise InputError(f"{path}: JSON nested too deeply.\nUse the official file, unchanged.") from None
+        problem = "JSON nested too deeply"
+    raise InputError(f"{path}, from line {first}: {problem}.\nUse the official file, unchanged.")
 
 
 def _not_json(path: Path, line: int, column: int, message: str) -> InputError:
