@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from benchmarks import evaluation as benchmark
 from asked import IMAGES, picture, write_benchmarks
 from command import run
 from normtune.chat import Chat, Turn
-from normtune.errors import InputError
+from normtune.errors import InputError, JobError
 from normtune.evaluation import (
     Settings,
     answering,
@@ -548,6 +549,35 @@ def test_wrong_words_exit_2(
     error = capsys.readouterr().err
     assert all(part in error for part in message), error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["notes.txt", "notes.txt/deeper/r.json", "notes.json", "x" * 300])
+def test_out_where_nothing_can_be_written_exits_2(
+    out: str, mllm_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes").write_text("mine")
+    before = written(tmp_path)
+    assert run("evaluate", str(mllm_folder), "--benchmarks", "pope", "--data", str(data), "--out", out) == 2
+    error = capsys.readouterr().err
+    assert "cannot write" in error and "another --out" in error and "free some space" not in error
+    assert written(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "code, kind", [(errno.EACCES, InputError), (errno.EROFS, InputError), (errno.ENOSPC, JobError)]
+)
+def test_a_full_disk_is_another_matter(
+    code: int, kind: type[Exception], pair: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(kind, match=os.strerror(code)) as error:
+        into(tmp_path / "r.json", pair, data)
+    assert ("free some space" in str(error.value)) == (code == errno.ENOSPC)
 
 
 FAULTS: dict[str, tuple[str, str, list[str]]] = {

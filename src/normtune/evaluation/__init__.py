@@ -20,7 +20,7 @@ from normtune.errors import InputError
 from normtune.evaluation.answering import MODES, Mode, answer, generate, likelihoods
 from normtune.evaluation.formats import Predictions
 from normtune.evaluation.journal import NAME as JOURNAL
-from normtune.evaluation.journal import Given, Journal
+from normtune.evaluation.journal import Given, Journal, wrong_place
 from normtune.evaluation.questions import Asked, Settings, ask, splits_of
 from normtune.evaluation.results import FORMAT, Other, conditions, describe, identity, scores_of
 from normtune.evaluation.selection import BASELINES, Baseline, select, shuffled_images
@@ -121,10 +121,11 @@ def evaluate_into(
     asked = ask(settings, data)
     other = Other(against, asked) if against is not None else None
     folder = target.with_suffix("")
-    if target.suffix != ".json" or target.is_dir():
-        raise InputError(f"{target} is no file of JSON.\nGive --out a file NAME.json, or a folder to write into.")
-    if target.exists() and not (folder / JOURNAL).exists():
-        raise InputError(f"{target} exists already, and it is no result with its answers.\nChoose another --out.")
+    with wrong_place(target):
+        if target.suffix != ".json" or target.is_dir():
+            raise InputError(f"{target} is no file of JSON.\nGive --out a file NAME.json, or a folder to write into.")
+        if target.exists() and not (folder / JOURNAL).exists():
+            raise InputError(f"{target} exists already, and it is no result with its answers.\nChoose another --out.")
     facts = describe(model, processor, settings, asked, Path(data))
     document: dict[str, Any] = {"format": FORMAT, **facts, "predictions": folder.name, "scores": {}}
     document["model"] = {**(about or {}), **facts["model"]}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from normtune.evaluation.journal import Given
+from normtune.evaluation.journal import Given, make_folder
 from normtune.evaluation.questions import Asked
 from normtune.runlog import wrapped_disk_errors
 from normtune.tasks import Item
@@ -73,8 +73,7 @@ class Predictions:
 
     def __init__(self, folder: Path, asked: Asked, given: Given) -> None:
         self.folder, self.asked, self.given = folder, asked, given
-        with wrapped_disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._rewrite()
 
     def append(self, places: Iterable[int]) -> None:

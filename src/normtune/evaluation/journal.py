@@ -7,6 +7,7 @@ line that was cut off by a crash is dropped with its batch. Not here: the offici
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ except ImportError:  # no such locks on this system: nobody is kept from writing
 
 NAME = "journal.jsonl"
 FORMAT = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _BEGINNING = json.dumps({"format": FORMAT, "settings": {}}).encode()[:-2]
 
 
@@ -67,11 +69,12 @@ class Journal:
     def open(cls, folder: Path, settings: Mapping[str, Any], asked: Sequence[Asked]) -> Iterator[Journal]:
         """A new journal, or the one that is there, with the answers in it.
 
-        InputError: it was written under other settings, by another version, or is being written by another process.
+        InputError: it was written under other settings, by another version, or is being written by another process;
+            nothing can be written there.
         JobError: the disk is full."""
         path = folder / NAME
-        with wrapped_disk_errors(path):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        with wrong_place(path):
             file = path.open("ab+")
         with file:
             _lock(file, path)
@@ -115,6 +118,25 @@ class Journal:
             self.file.truncate(good)
             self.file.seek(0, os.SEEK_END)
         return found
+
+
+@contextlib.contextmanager
+def wrong_place(path: Path) -> Iterator[None]:
+    """InputError for a path at which nothing can be written (below a file, no permission, too long a name); JobError,
+    as elsewhere, where the disk is full or broken."""
+    with wrapped_disk_errors(path):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            raise InputError(f"cannot write {path}: {error.strerror or error}.\nChoose another --out.") from None
+
+
+def make_folder(folder: Path) -> None:
+    """The folder with those above it. InputError or JobError, as `wrong_place`."""
+    with wrong_place(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def read_answers(folder: Path) -> dict[str, dict[str, str]]:
