@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -176,6 +177,26 @@ def test_answers_under_other_settings_are_not_mixed(pair: Any, data: Path, tmp_p
     assert {name: text for name, text in written(tmp_path).items() if not name.startswith("other/")} == before
 
 
+@pytest.mark.parametrize("what", ["pixels", "image tokens", "tokens"])
+def test_answers_after_other_preprocessing_are_not_mixed(
+    what: str, mllm_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    pair = load(mllm_folder)
+    into(tmp_path / "r.json", pair, data, limit=4)
+    into(tmp_path / "r.json", load(mllm_folder), data, limit=4)  # loaded again it is the same
+    before = written(tmp_path)
+    processor = pair[1]
+    if what == "pixels":
+        processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+    elif what == "image tokens":
+        processor.vision_feature_select_strategy = "full"
+    else:
+        processor.tokenizer.add_tokens(["thing"])
+    with pytest.raises(InputError, match="these differ: preprocessing"):
+        into(tmp_path / "r.json", pair, data, limit=4)
+    assert written(tmp_path) == before
+
+
 def test_two_evaluations_do_not_write_into_one_folder(pair: Any, data: Path, tmp_path: Path) -> None:
     def second(name: str, done: int, total: int) -> None:
         with pytest.raises(InputError, match="being written by another evaluation"):
@@ -334,7 +355,9 @@ def test_the_document_says_what_it_depends_on(pair: Any, data: Path, tmp_path: P
     files = document["data"]["pope"]["files"]
     assert sorted(files) == [f"pope/coco_pope_{split}.json" for split in ("adversarial", "popular", "random")]
     assert document["model"]["dtype"] == "float32" and len(document["model"]["fingerprint"]) == 64
-    assert {"torch", "transformers", "normtune"} <= document["versions"].keys()
+    assert {"torch", "transformers", "normtune", "numpy", "pillow"} <= document["versions"].keys()
+    assert ("pycocoevalcap" in document["versions"]) == bool(importlib.util.find_spec("pycocoevalcap"))
+    assert document["preprocessing"]["vocabulary"] == len(pair[1].tokenizer)
     assert document["device"] == "cpu" and document["threads"] >= 1 and document["time"]["seconds"] > 0
     for facts in document["scores"].values():
         low, high = facts["intervals"]["score"]
@@ -420,6 +443,8 @@ def test_likelihoods_are_the_models(pair: Any, data: Path, tmp_path: Path, monke
         assert records[item.id]["log_probabilities"] == pytest.approx(wanted, abs=1e-4)
         assert records[item.id]["answer"] == ("Yes" if wanted[0] > wanted[1] else "No")
     assert document["generation"]["method"] == "log P of Yes and No"
+    header = json.loads((tmp_path / "r" / "journal.jsonl").read_text().splitlines()[0])
+    assert "max_new_tokens" not in document["generation"] and "max_new_tokens" not in header["settings"]
 
 
 def test_choices_that_begin_alike_are_told_apart_later(pair: Any) -> None:

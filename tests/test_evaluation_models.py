@@ -33,6 +33,7 @@ from command import run
 from models import CHATML, tiny_tokenizer
 from normtune.chat import Turn
 from normtune.evaluation import answer, evaluate_model
+from normtune.evaluation.results import preprocessing
 from normtune.model import load
 
 TEXT = {
@@ -200,10 +201,12 @@ def questions() -> list[tuple[list[Turn], list[Any]]]:
 def test_any_folder_is_evaluated(folder: Path, data: Path) -> None:
     model, processor = load(folder)
     processor.tokenizer.padding_side = "right"
+    before = preprocessing(processor)
     one_by_one = answer(model, processor, questions(), 6, batch_size=1)
     assert len(set(one_by_one)) > 1
     assert answer(model, processor, questions(), 6, batch_size=5) == one_by_one
     assert processor.tokenizer.padding_side == "right"
+    assert preprocessing(processor) == before == preprocessing(load(folder)[1])
     found = evaluate_model(model, processor, ["pope", "coco", "text"], data, limit=3, batch_size=4)
     assert found["pope"]["n"] == 4 and found["coco"]["n"] == 3
     likely = evaluate_model(model, processor, ["pope"], data, mode="likelihood", limit=3)["pope"]

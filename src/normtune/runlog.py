@@ -20,7 +20,18 @@ from typing import Any
 
 from normtune.errors import InputError, JobError
 
-PACKAGES = ("normtune", "torch", "transformers", "accelerate", "peft", "safetensors", "tokenizers")
+PACKAGES = (
+    "normtune",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "pillow",  # decodes and resizes images
+    "pycocoevalcap",  # scores captions
+)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ difference from another result. Not here: asking (`__init__`), the formats of pr
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,30 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def preprocessing(processor: ProcessorMixin) -> dict[str, Any]:
+    """What makes pixels of an image and tokens of a text: SHA-256 of the processor's settings with those of its image
+    processor, and of the tokenizer without what calls leave in it (padding, truncation)."""
+    settings = json.loads(json.dumps(processor.to_dict(), default=lambda value: type(value).__name__))
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    kept = {key: value for key, value in tokenizer.items() if key not in ("padding", "truncation")}
+    return {
+        "processor_sha256": _sha256_of(settings),
+        "tokenizer_sha256": _sha256_of(kept),
+        "vocabulary": len(processor.tokenizer),
+    }
+
+
+def _sha256_of(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def lengths(settings: Settings, asked: Sequence[Asked]) -> dict[str, Any]:
+    """How long answers may get, where they are generated."""
+    if settings.mode == "likelihood":
+        return {}
+    return {"max_new_tokens": {one.name: one.task.max_new_tokens for one in asked}}
+
+
 def conditions(
     model: PreTrainedModel, processor: ProcessorMixin, settings: Settings, asked: Sequence[Asked]
 ) -> dict[str, Any]:
@@ -50,8 +75,9 @@ def conditions(
         **settings.to_dict(),
         "model": fingerprint(model),
         "chat_template": hashlib.sha256(Chat.from_processor(processor).template.encode()).hexdigest(),
+        "preprocessing": preprocessing(processor),
         "questions": {one.name: one.fingerprint() for one in asked},
-        "max_new_tokens": {one.name: one.task.max_new_tokens for one in asked},
+        **lengths(settings, asked),
     }
 
 
@@ -70,10 +96,11 @@ def describe(
             "dtype": str(model.dtype).removeprefix("torch."),
             "fingerprint": fingerprint(model),
         },
+        "preprocessing": preprocessing(processor),
         "prompts": {one.name: engine.text(one[0]) for one in asked if len(one)},
         "generation": {
             "method": "greedy, KV cache" if settings.mode == "generate" else f"log P of {' and '.join(CHOICES)}",
-            "max_new_tokens": {one.name: one.task.max_new_tokens for one in asked},
+            **lengths(settings, asked),
             "stop_tokens": processor.tokenizer.convert_ids_to_tokens(stop_tokens(model, chat)),
             "chat_template_sha256": hashlib.sha256(chat.template.encode()).hexdigest(),
         },
