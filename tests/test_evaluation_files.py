@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,7 +214,9 @@ def test_a_file_that_is_no_journal_is_left_alone(pair: Any, data: Path, tmp_path
     assert (tmp_path / "r" / "journal.jsonl").read_text() == '{"mine": 1}\n'
 
 
-@pytest.mark.parametrize("content", ["my notes\n", "my notes", '{"mine": 1}', "[1]\n{}", '{"format": 1}\n\x00\x00\n'])
+@pytest.mark.parametrize(
+    "content", ["my notes\n", "[" * 100_000 + "\n", "my notes", '{"mine": 1}', "[1]\n{}", '{"format": 1}\n\x00\x00\n']
+)
 def test_foreign_files_keep_their_bytes(content: str, pair: Any, data: Path, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "journal.jsonl").write_text(content)
@@ -344,6 +347,32 @@ def test_mmes_file_scores_as_the_answers_do(rules: Rules, data: Path, tmp_path: 
     Predictions(tmp_path, Asked("mme", items, [None] * len(items)), given)
     found = mme.join([tmp_path], [], split="count")
     assert mme.measure(found.items, found.answers, rules).scores == mme.measure(items, texts, rules).scores
+
+
+def test_score_takes_the_files_of_llavas_questions(data: Path, tmp_path: Path) -> None:
+    official = TASKS["mme"].load(data, "count")
+    records = [
+        {
+            "question_id": item.id,
+            "category": "count",
+            "image": f"count/{item.image and item.image.name}",
+            "text": item.question.replace(
+                " Please answer yes or no.", "\nAnswer the question using a single word or phrase."
+            ),
+        }
+        for item in official
+    ]
+    shutil.copytree(data / "mme" / "count", tmp_path / "data" / "mme" / "count")
+    path = tmp_path / "data" / "mme" / "llava_mme.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    items = TASKS["mme"].load(tmp_path / "data")
+    assert all("single word" in item.question for item in items) and len(items) == len(official)
+    given = Given(len(items))
+    for place, item in enumerate(items):
+        given.put(place, item.answer, False)
+    Predictions(tmp_path / "out", Asked("mme", items, [None] * len(items)), given)
+    found = mme.join([tmp_path / "out"], [data / "mme"], split="count")
+    assert mme.measure(found.items, found.answers).scores["score"] == 1
 
 
 def test_the_document_says_what_it_depends_on(pair: Any, data: Path, tmp_path: Path) -> None:

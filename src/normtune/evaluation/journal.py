@@ -172,7 +172,7 @@ def _complete_lines(file: IO[bytes], path: Path) -> Iterator[tuple[dict[str, Any
             return
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise _damaged(path, number)
