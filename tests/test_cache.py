@@ -37,6 +37,8 @@ from normtune.tuned import attach_encoder, build, encoders_without_weights, move
 from stubs import inputs, llava
 from toys import toy_data, toy_recipe
 
+pytestmark = pytest.mark.heavy
+
 Batch = dict[str, torch.Tensor]
 
 

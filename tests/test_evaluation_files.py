@@ -42,6 +42,8 @@ from normtune.images import open_image
 from normtune.model import load
 from normtune.tasks import RULES, TASKS, Rules, caption_scores, mme
 
+pytestmark = pytest.mark.heavy
+
 FIVE = "pope,mme,vqav2,coco,flickr30k,text"
 
 

@@ -36,6 +36,8 @@ from normtune.evaluation import answer, evaluate_model
 from normtune.evaluation.results import preprocessing
 from normtune.model import load
 
+pytestmark = pytest.mark.heavy
+
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,

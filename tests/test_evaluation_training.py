@@ -24,6 +24,8 @@ from normtune.training import loop as stage_loop
 from normtune.tuned import Tuned, open_tuned
 from toys import toy_data, toy_recipe
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -24,6 +24,8 @@ from normtune.strategy.packing import can_pack, pack_length, prefers_packing
 from stubs import IMAGE, llava
 from test_memory import SIZES, B, H, S, saved_bytes
 
+pytestmark = pytest.mark.heavy
+
 LENGTHS = (9, 1, 14, 5)
 # name in the zoo: what differs from its config there
 PACKED: dict[str, dict[str, Any]] = {

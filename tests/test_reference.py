@@ -17,6 +17,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import normtune as nt
 from normtune.step import loss_at, positions
 
+pytestmark = pytest.mark.heavy
+
 IMAGE, PATCHES = 99, 16
 STEPS = 20
 

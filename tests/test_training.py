@@ -82,6 +82,7 @@ def test_throughput_counts_the_wait_for_data() -> None:
     }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "options",
     [
