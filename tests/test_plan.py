@@ -27,6 +27,8 @@ from normtune.recipe import Recipe, Stage
 from normtune.step import MICRO_BATCH, make_optimizer, supervised_loss
 from normtune.strategy import apply, lean
 
+pytestmark = pytest.mark.heavy
+
 IMAGE, PATCHES, B, S, SUPERVISED = 499, 16, 2, 64, 10
 STRATEGIES = ("full", "lora", "layernorm", "layernorm-simple")
 

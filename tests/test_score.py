@@ -11,6 +11,8 @@ import pytest
 from command import run
 from normtune.tasks import caption_scores, mme
 
+pytestmark = pytest.mark.heavy
+
 needs_library = pytest.mark.skipif(caption_scores.library() is None, reason="needs pycocoevalcap")
 
 
