@@ -1,7 +1,7 @@
 """A conversation to token ids and a label mask, with the chat template of the model itself.
 
 Scope: render a conversation with a Jinja template, tokenize it once, and find which tokens the assistant has to
-produce: its text and the token that ends its turn. Non-scope: files, pixels, batches (`data.py`), and which template
+produce: its text and the token that ends its turn. Non-scope: files, pixels, batches (`data/`), and which template
 a model has (`model.py`). Source: rendering and character offsets are those of `transformers` and `tokenizers`.
 
 How the mask is found. Hardly any template marks the assistant's text, so the conversation is rendered as it is, and

@@ -1,12 +1,13 @@
 """The run folder: what is in it, and how files get there whole.
 
 Scope: atomic files and folders (temporary name, fsync, rename), the run folder's layout, JSON lines, provenance.
-Not here: what a checkpoint holds (training/), what an adapter holds (adapter.py).
+Not here: what a checkpoint holds (training/), what an adapter holds (adapter/).
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -205,6 +206,12 @@ class Run:
         with atomic_folder(folder) as temporary:
             (temporary / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         return Run(folder)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content in hex; OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def provenance() -> dict[str, Any]:

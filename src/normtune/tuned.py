@@ -1,6 +1,6 @@
 """A model with what was tuned on it: from a recipe, a run folder, an adapter folder or a plain MLLM folder.
 
-Scope: opening; which kind of folder it is. Not here: the parts of that (model.py, adapter.py).
+Scope: opening; which kind of folder it is. Not here: the parts of that (model.py, adapter/).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from normtune.evaluation.answering import CHOICES, stop_tokens
 from normtune.evaluation.engines import engine_for
 from normtune.evaluation.journal import Given, read_answers
 from normtune.evaluation.questions import Asked, Settings
-from normtune.runlog import provenance, read_json
+from normtune.runlog import file_hash, provenance, read_json
 from normtune.tasks import Measured, difference
 
 FORMAT = 1
@@ -116,16 +116,11 @@ def describe(
 def file_hashes(data: Path, name: str) -> dict[str, str]:
     """SHA-256 of the benchmark's files (not of its images) by their paths below `data`; of many files in one."""
     files = sorted(path for path in (data / name).rglob("*") if path.suffix in _SUFFIXES and path.is_file())
-    found = {path.relative_to(data).as_posix(): _sha256(path) for path in files}
+    found = {path.relative_to(data).as_posix(): file_hash(path) for path in files}
     if len(found) <= _LISTED:
         return found
     together = hashlib.sha256("".join(f"{path} {digest}\n" for path, digest in found.items()).encode())
     return {f"{name}: {len(found)} files": together.hexdigest()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scores_of(asked: Asked, given: Given, measured: Measured, settings: Settings) -> dict[str, Any]:
@@ -186,5 +181,5 @@ def identity(path: str, recipe: str | None, record: Mapping[str, Any] | None, ad
         found["adapter"] = {key: record[key] for key in kept if key in record}
         if adapter is not None:
             files = sorted(file for file in adapter.rglob("*.safetensors"))
-            found["adapter"]["files"] = {file.relative_to(adapter).as_posix(): _sha256(file) for file in files}
+            found["adapter"]["files"] = {file.relative_to(adapter).as_posix(): file_hash(file) for file in files}
     return found

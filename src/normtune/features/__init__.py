@@ -1,7 +1,7 @@
 """What the vision encoder makes of an image: once per batch, and once and for all on disk.
 
 `images(model, batch)` is put around a forward; `prepare_features(recipe, mixtures)` is how a training with
-`cache_features: true` begins. Not here: batches (data.py), models without an encoder's weights (model.py, tuned.py).
+`cache_features: true` begins. Not here: batches (data/), models without an encoder's weights (model.py, tuned.py).
 """
 
 from normtune.features.filling import Prepared, prepare_features

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from normtune.pretrained import TRUSTED, locate, read_config, reading, torch_dtype
+from normtune.runlog import file_hash
 from normtune.skeletons import skeleton
 from normtune.structure import dissect
 
@@ -74,8 +75,7 @@ def weights_key(source: str, what: str, tower: str | None) -> str:
                 with safe_open(path, framework="pt") as file:
                     chosen += [(key, path) for key in file.keys()]  # noqa: SIM118
             else:
-                with path.open("rb") as binary:
-                    digest.update(hashlib.file_digest(binary, "sha256").digest())
+                digest.update(bytes.fromhex(file_hash(path)))
         own = [(key, path) for key, path in chosen if tower is not None and tower in key.split(".")]
         for key, path in sorted(own or chosen):
             with safe_open(path, framework="pt") as file:

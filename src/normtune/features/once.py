@@ -1,7 +1,7 @@
 """The vision encoder during one forward of the model: each distinct image once, and nothing of it kept for backward.
 
 Scope: what the model calls to see (`get_image_features` of transformers), while a batch is in it. Non-scope: which
-images a batch has (data.py), features on disk (store.py). Source: transformers' contract for `get_image_features`:
+images a batch has (data/), features on disk (store.py). Source: transformers' contract for `get_image_features`:
 a `BaseModelOutputWithPooling` whose `pooler_output` holds, image by image, what goes into the LLM's sequence.
 
 Shapes: U distinct images, N places of images in the prompt, P tokens and D values of a feature, H hidden size.

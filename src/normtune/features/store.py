@@ -10,7 +10,6 @@ Shapes: U images, P tokens of a feature, D values of a token.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 
 from normtune.errors import InputError, JobError
 from normtune.progress import Bar, say
-from normtune.runlog import read_json, sync_folder, wrapped_disk_errors, write_json
+from normtune.runlog import file_hash, read_json, sync_folder, wrapped_disk_errors, write_json
 
 FACTS = "store.json"
 STALE = 24 * 3600.0  # seconds after which an unfinished file is one that nobody finishes
@@ -184,8 +183,7 @@ class Store:
 def content_key(path: Path) -> str | None:
     """SHA-256 of a file's content; None where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     except OSError:
         return None
 

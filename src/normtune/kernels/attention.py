@@ -235,18 +235,18 @@ def attention(
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(low)
     causal = attention_mask is None and (is_causal if is_causal is not None else getattr(module, "is_causal", True))
+    masked, learnt = attention_mask is not None, attention_mask is not None and attention_mask.requires_grad
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     lean = (
         vars(module).get(MARK)
         and dropout == 0.0
         and query.shape[2] == key.shape[2] > 1
         and query.shape[3] == value.shape[3]
         and query.dtype != torch.float64  # whose log-sum-exp would have to be another
-    )
-    lean = lean and not any(options.get(key) is not None for key in ("position_bias", "cache", "softcap"))
-    lean = lean and (causal or attention_mask is not None or (lengths is None and not query.is_cuda))
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    lean = (
-        lean and (learns or lengths is not None) and not (attention_mask is not None and attention_mask.requires_grad)
+        and all(options.get(name) is None for name in ("position_bias", "cache", "softcap"))
+        and (causal or masked or (lengths is None and not query.is_cuda))
+        and (learns or lengths is not None)
+        and not learnt
     )
     if not lean or not runs_on(query):
         return theirs(  # type: ignore[no-any-return]

@@ -2,7 +2,7 @@
 
 `train(recipe)`: build the model, then per stage: apply the strategy, stream the data, step AdamW, log, checkpoint;
 at the end an adapter. The order of the data depends on (seed, stage, epoch, step) alone, so a checkpoint is a step
-number. Not here: what a strategy is (strategy/), one step (step.py), batches (data.py), files (checkpoint.py).
+number. Not here: what a strategy is (strategy/), one step (step.py), batches (data/), files (checkpoint.py).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def apply_stage(loop: Loop, stage: Stage) -> Report:
 
 def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     """One stage from `first_step` on: the story of the loop."""
-    stage, seed = loop.recipe.stages[index], loop.recipe.seed * 1000 + index
+    stage = loop.recipe.stages[index]
     report = apply_stage(loop, stage)
     batches, notes = prepare_stage(loop, index)
     _, total = steps_of(stage, batches.mixture)
@@ -121,7 +121,7 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
             began = time.perf_counter()
             ready, ahead = ahead.result(), pool.submit(batches, step + 1) if step + 1 < total else None
             waited = time.perf_counter() - began
-            torch.manual_seed(seed_of(seed, step, loop.accelerator.process_index))
+            torch.manual_seed(seed_of(batches.seed, step, loop.accelerator.process_index))
             record = take_step(loop.accelerator, model, optimizer, ready, stage, step, total)
             add_throughput(record, waited, flops, peak)
             guard.measure(step + 1, record)
