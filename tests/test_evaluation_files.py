@@ -28,12 +28,14 @@ from normtune.errors import InputError, JobError
 from normtune.evaluation import (
     Settings,
     answering,
+    ask,
     engines,
     evaluate_into,
     evaluate_model,
     journal,
     prefixes,
     questions,
+    read_measured,
 )
 from normtune.evaluation.formats import Predictions
 from normtune.evaluation.journal import Given
@@ -427,6 +429,18 @@ def test_against_a_baseline(pair: Any, data: Path, tmp_path: Path) -> None:
     found = ours["against"]["differences"]["coco"]["words"]
     assert found["difference"] == pytest.approx(ours["scores"]["coco"]["words"] - blind["words"])
     assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+
+
+@pytest.mark.parametrize("rules", ["official", "lmms-eval"])
+def test_a_result_can_be_measured_again(rules: Any, pair: Any, data: Path, tmp_path: Path) -> None:
+    settings = Settings(("pope", "mme", "vqav2", "coco", "text"), rules=rules)
+    scores = evaluate_into(tmp_path / "r.json", *pair, settings, data)["scores"]
+    found = read_measured(tmp_path / "r.json", ask(settings, data), rules)
+    assert found.keys() == scores.keys()
+    for name, measured in found.items():
+        assert measured.with_intervals().items() <= scores[name].items() and len(measured.statistics.units)
+    only = read_measured(tmp_path / "r.json", ask(Settings(("pope", "flickr30k")), data), rules)
+    assert list(only) == ["pope"]
 
 
 def test_against_needs_the_same_questions(pair: Any, data: Path, tmp_path: Path) -> None:

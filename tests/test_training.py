@@ -21,7 +21,7 @@ from normtune.errors import InputError, JobError
 from normtune.flops import Flops
 from normtune.kernels import HeadLoss
 from normtune.recipe import Stage
-from normtune.step import add_throughput, check_rates, make_optimizer, schedule, supervised_loss
+from normtune.step import add_throughput, batch_digest, check_rates, make_optimizer, schedule, supervised_loss
 from normtune.strategy import apply, tuning
 from normtune.training import Interrupted, train
 from normtune.training import loop as stage_loop
@@ -146,8 +146,10 @@ def test_run_folder_and_log(recipe: dict[str, Any], tmp_path: Path) -> None:
     run = train(recipe, out=tmp_path / "run", quiet=True)
     assert {p.name for p in run.folder.iterdir()} == {"recipe.yaml", "log.jsonl", "checkpoints", "adapter"}
     log = lines(run.folder)
-    starts = [(line["stage"], line["step"]) for line in log if line.get("event") == "start"]
-    assert starts == [("align", 0), ("instruct", 0)]
+    starts = [line for line in log if line.get("event") == "start"]
+    assert [(line["stage"], line["step"]) for line in starts] == [("align", 0), ("instruct", 0)]
+    sizes = sum(parameter.numel() for parameter in run.model.parameters())
+    assert [line["total"] for line in starts] == [sizes, sizes] and starts[0]["parameters"] < sizes
     steps = [(line["stage"], line["step"]) for line in log if "loss" in line]
     assert steps == [(name, step) for name in ("align", "instruct") for step in range(1, 7)]
     assert log[-2]["movement"]["norms"]["moved"] == 100.0 and log[-1]["event"] == "end"
@@ -155,6 +157,58 @@ def test_run_folder_and_log(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert instruct[-1] < instruct[0]
     record = json.loads((run.folder / "adapter" / "adapter.json").read_text())
     assert record["strategy"] == "layernorm" and record["base"]["model"]["llm"] == recipe["model"]["llm"]
+
+
+def step_of(*rows: list[int]) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.tensor(rows), "labels": torch.tensor(rows) - 1, "attention_mask": torch.ones(1)}
+
+
+FIRST = [step_of([1, 2], [3, 4]), step_of([5, 6])]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        FIRST[:1],
+        FIRST[::-1],
+        [FIRST[0], step_of([5, 7])],
+        [step_of([3, 4], [1, 2]), FIRST[1]],
+        [step_of([1, 2, 3, 4]), FIRST[1]],
+        [step_of([1, 2]), step_of([3, 4], [5, 6])],
+        [FIRST[0], {**FIRST[1], "labels": torch.tensor([[4, -100]])}],
+        [FIRST[0], {**FIRST[1], "input_ids": FIRST[1]["labels"], "labels": FIRST[1]["input_ids"]}],
+    ],
+    ids=["fewer", "order", "token", "rows", "packed", "grouped", "label", "exchanged"],
+)
+def test_a_digest_shows_any_difference_of_two_steps(other: list[dict[str, torch.Tensor]]) -> None:
+    again = [{name: tensor.clone() for name, tensor in batch.items()} for batch in FIRST]
+    assert batch_digest(again) == batch_digest(FIRST) != batch_digest(other)
+    assert len(batch_digest(other)) == 8
+
+
+def stream(folder: Path, stage: str) -> list[str]:
+    return [line["batch"] for line in lines(folder) if "loss" in line and line["stage"] == stage]
+
+
+@pytest.mark.heavy
+def test_two_strategies_see_the_same_batches(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is trained and however images are seen; another seed or another sample has other batches."""
+    monkeypatch.setenv("NORMTUNE_CACHE", str(tmp_path / "cache"))
+    streams = {}
+    for name in ("connector", "layernorm", "cached", "seed", "limit"):
+        changed = json.loads(json.dumps(recipe))
+        stage = changed["stages"][1]
+        stage["strategy"] = "connector" if name == "connector" else "layernorm"
+        stage["cache_features"] = name == "cached"
+        stage["data"][0]["limit"] = 23 if name == "limit" else None
+        changed["seed"] = int(name == "seed")
+        train(changed, out=tmp_path / name, quiet=True)
+        streams[name] = stream(tmp_path / name, "instruct")
+    assert streams["connector"] == streams["layernorm"] == streams["cached"]
+    assert len(set(streams["layernorm"])) == 6
+    assert streams["seed"] != streams["layernorm"] != streams["limit"]
 
 
 def test_run_and_adapter_folder_open_to_the_trained_model(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,8 @@ def take_step(
     step: int,
     total: int,
 ) -> dict[str, Any]:
-    """Forward and backward over the micro-batches, then one update; returns the step's figures.
+    """Forward and backward over the micro-batches, then one update; returns the step's figures, summed over processes
+    but for `batch`, which says what this process computed (see `batch_digest`).
 
     Raises:
         JobError: no supervised token, or a loss or gradient that is not finite (nothing is updated then).
@@ -148,6 +150,7 @@ def take_step(
     seconds = time.perf_counter() - began
     return {
         "loss": mean,
+        "batch": batch_digest(batches),
         "grad_norm": round(norm, 6),
         "learning_rate": optimizer.param_groups[0]["lr"],
         "supervised_tokens": supervised,
@@ -184,6 +187,22 @@ def size_of(batch: Mapping[str, torch.Tensor]) -> list[int]:
     supervised = int((batch["labels"][:, 1:] != -100).sum())
     images = len(batch.get("pixel_values", batch.get("features", ())))
     return [supervised, int(lengths.sum()), images, int(causal_pairs(lengths.tolist()))]
+
+
+def batch_digest(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:
+    """CRC-32, 8 hex digits, of shapes and values of `input_ids` and `labels` of a step's micro-batches, in their order.
+
+    Two trainings whose digests agree in every step have read the same tokens with the same targets, in the same order
+    and grouped alike; another micro-batch size or packing gives other digests. Pixels are not in it. Of several
+    processes each has its own share: the log holds that of the main process alone.
+    """
+    digest = 0
+    for batch in batches:
+        for name in ("input_ids", "labels"):
+            values = batch[name].cpu()
+            digest = zlib.crc32(f"{name} {tuple(values.shape)}".encode(), digest)
+            digest = zlib.crc32(values.contiguous().numpy(), digest)
+    return f"{digest:08x}"
 
 
 ON_CPU = ("labels", "lengths")

@@ -22,21 +22,24 @@ from normtune.evaluation.formats import Predictions
 from normtune.evaluation.journal import NAME as JOURNAL
 from normtune.evaluation.journal import Given, Journal, wrong_place
 from normtune.evaluation.questions import Asked, Settings, ask, splits_of
-from normtune.evaluation.results import FORMAT, Other, conditions, describe, identity, scores_of
+from normtune.evaluation.results import FORMAT, conditions, describe, identity, read_measured, scores_of
 from normtune.evaluation.selection import BASELINES, Baseline, select, shuffled_images
 from normtune.runlog import write_json
-from normtune.tasks import Rules
+from normtune.tasks import Rules, difference
 
 __all__ = [
     "BASELINES",
     "MODES",
+    "Asked",
     "Baseline",
     "Mode",
     "Settings",
     "answer",
+    "ask",
     "evaluate_into",
     "evaluate_model",
     "identity",
+    "read_measured",
     "select",
     "shuffled_images",
     "splits_of",
@@ -111,7 +114,8 @@ def evaluate_into(
 
     Args:
         about: the identity of the model, for the record (see `identity`).
-        against: another result's file: paired differences of all figures.
+        against: another result's file: paired differences of all figures (this - other), its answers read by this
+            one's rules.
 
     Raises:
         InputError: as `evaluate_model`; answers in that folder under other settings; `against` about other questions.
@@ -119,7 +123,7 @@ def evaluate_into(
     _check_size(batch_size)
     began, started = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S%z")
     asked = ask(settings, data)
-    other = Other(against, asked) if against is not None else None
+    others = read_measured(against, asked, rules=settings.rules) if against is not None else {}
     folder = target.with_suffix("")
     with wrong_place(target):
         if target.suffix != ".json" or target.is_dir():
@@ -130,7 +134,7 @@ def evaluate_into(
     document: dict[str, Any] = {"format": FORMAT, **facts, "predictions": folder.name, "scores": {}}
     document["model"] = {**(about or {}), **facts["model"]}
     document["generation"]["batch_size"] = batch_size
-    document["against"] = {"path": str(against), "differences": {}} if other else None
+    document["against"] = {"path": str(against), "differences": {}} if others else None
     with Journal.open(folder, conditions(model, processor, settings, asked), asked) as journal:
         for one in asked:
             given = journal.given[one.name]
@@ -139,8 +143,10 @@ def evaluate_into(
             files.finish()
             measured = one.task.measure(one.items, given.complete(), settings.rules)
             document["scores"][one.name] = scores_of(one, given, measured, settings)
-            if other is not None:
-                document["against"]["differences"][one.name] = other.differences(one, measured, settings)
+            if others:  # None for a benchmark that the other result lacks
+                other = others.get(one.name)
+                found = difference(measured.statistics, other.statistics) if other else None
+                document["against"]["differences"][one.name] = found
         document["time"] = {"started": started, "seconds": round(time.monotonic() - began, 2)}
         write_json(target, document)
     return document

@@ -23,7 +23,7 @@ from normtune.evaluation.engines import engine_for
 from normtune.evaluation.journal import Given, read_answers
 from normtune.evaluation.questions import Asked, Settings
 from normtune.runlog import file_hash, provenance, read_json
-from normtune.tasks import Measured, difference
+from normtune.tasks import Measured, Rules
 
 FORMAT = 1
 SAMPLED = 4096  # values of a tensor that its fingerprint looks at
@@ -133,41 +133,32 @@ def scores_of(asked: Asked, given: Given, measured: Measured, settings: Settings
     }
 
 
-class Other:
-    """Another result, to be compared with: its answers to the same questions.
+def read_measured(path: Path, asked: Sequence[Asked], rules: Rules = "official") -> dict[str, Measured]:
+    """What a result on disk (the file that `evaluate_into` wrote, with its folder of answers beside it) comes to on
+    the questions `asked`, by benchmark, its answers read by `rules`; without benchmarks that it lacks.
 
-    InputError, before anything is asked, where it has none, or answers to other questions."""
-
-    def __init__(self, path: Path, asked: Sequence[Asked]) -> None:
-        document = read_json(path, "result")
-        folder = document.get("predictions") if isinstance(document, dict) else None
-        if not isinstance(folder, str):
-            raise InputError(f"{path} is no result of `normtune evaluate`.\nGive --against the JSON file of one.")
-        self.path = path
-        answers = read_answers(path.parent / folder)
-        self.texts: dict[str, list[str]] = {}
-        for one in asked:
-            if one.name not in answers:
-                continue
-            own = answers[one.name]
-            missing = [item.id for item in one.items if item.id not in own]
-            if missing or len(own) != len(one):
-                what = f"no answer to '{missing[0]}'" if missing else f"{len(own)} answers for {len(one)} questions"
-                raise InputError(
-                    f"{path}: {one.name}: {what}, so the two are not about the same questions.\n"
-                    "Compare results of the same files, limit, split and seed, both of them finished."
-                )
-            self.texts[one.name] = [own[item.id] for item in one.items]
-        if not self.texts:
-            raise InputError(f"{path} has none of {', '.join(one.name for one in asked)}.\nGive another result.")
-
-    def differences(self, asked: Asked, measured: Measured, settings: Settings) -> dict[str, Any] | None:
-        """Of each figure {"difference": this - other, "interval": 95 %}, by paired bootstrap; both are read by this
-        one's rules. None for a benchmark that the other result lacks."""
-        if asked.name not in self.texts:
-            return None
-        other = asked.task.measure(asked.items, self.texts[asked.name], settings.rules)
-        return difference(measured.statistics, other.statistics)
+    InputError where it is no result, has none of the benchmarks, or answers to other questions."""
+    document = read_json(path, "result")
+    folder = document.get("predictions") if isinstance(document, dict) else None
+    if not isinstance(folder, str):
+        raise InputError(f"{path} is no result of `normtune evaluate`.\nGive the JSON file of one.")
+    answers = read_answers(path.parent / folder)
+    found: dict[str, Measured] = {}
+    for one in asked:
+        if one.name not in answers:
+            continue
+        own = answers[one.name]
+        missing = [item.id for item in one.items if item.id not in own]
+        if missing or len(own) != len(one):
+            what = f"no answer to '{missing[0]}'" if missing else f"{len(own)} answers for {len(one)} questions"
+            raise InputError(
+                f"{path}: {one.name}: {what}, so the two are not about the same questions.\n"
+                "Compare results of the same files, limit, split and seed, both of them finished."
+            )
+        found[one.name] = one.task.measure(one.items, [own[item.id] for item in one.items], rules)
+    if not found:
+        raise InputError(f"{path} has none of {', '.join(one.name for one in asked)}.\nGive another result.")
+    return found
 
 
 def identity(path: str, recipe: str | None, record: Mapping[str, Any] | None, adapter: Path | None) -> dict[str, Any]:

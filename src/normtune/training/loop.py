@@ -107,9 +107,8 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     several = loop.accelerator.num_processes > 1
     # everything is where it belongs; an encoder without weights could not be moved
     model = loop.accelerator.prepare_model(loop.model, device_placement=False) if several else loop.model
-    loop.log(
-        {"event": "start", "stage": stage.name, "step": first_step, "steps": total, "parameters": report.parameters}
-    )
+    sizes = {"parameters": report.parameters, "total": report.total}
+    loop.log({"event": "start", "stage": stage.name, "step": first_step, "steps": total, **sizes})
     guard = Guard(loop.model, stage, total)
     flops, peak = count_flops(loop.model, cached=stage.cache_features), peak_of(loop)
     loop.model.train()
