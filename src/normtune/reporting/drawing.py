@@ -33,10 +33,11 @@ _SETTINGS = {
     "text.color": COLORS["ink"],
     "axes.labelcolor": COLORS["muted"],
     "axes.labelsize": SIZE,
-    "axes.titlesize": SIZE + 1,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
+    "axes.titlesize": SIZE,
+    "axes.titlecolor": COLORS["muted"],
+    "axes.titlepad": 5,
+    "figure.titlesize": SIZE + 1,
+    "figure.titleweight": "bold",
     "axes.edgecolor": COLORS["line"],
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -65,7 +66,7 @@ def plot(draw: Callable[Concatenate[Any, P], float]) -> Callable[P, str]:
     def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
         with canvas() as (figure, axes):
             title = str(kwargs.get("title", ""))
-            axes.set_title(title, loc="left", x=0)
+            figure.suptitle(title, x=0.012, ha="left")
             height = draw(axes, *args, **kwargs)
             width = figure.get_size_inches()[0] * 72
             figure.set_size_inches(width / 72, height / 72)
@@ -105,10 +106,14 @@ def clean(svg: str, label: str) -> str:
     body = re.sub(r"#[0-9a-f]{6}", lambda match: _VARIABLES.get(match[0], match[0]), body)
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
     body = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", body)
-    body = re.sub(r"-?\d+\.\d{2,}", lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), body)
+    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"-?\d+\.\d{2,}", _short, tag[0]), body)
     body = re.sub(r"\s+", " ", body).replace("> <", "><").replace("<defs></defs>", "")
     width, height = box[1].split()[2:]
     return (
         f'<svg viewBox="0 0 {float(width):g} {float(height):g}" role="img" aria-label="{html.escape(label)}" '
         f'stroke-linejoin="round">{body.strip()}'
     )
+
+
+def _short(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")

@@ -216,14 +216,7 @@ def _rows(axes: Any, marks: Sequence[Mark]) -> None:
 def _axis_labels(axes: Any, x: str, y: str) -> None:
     """The label of y stands on top, to be read without turning the head."""
     axes.set_xlabel(x)
-    if y:
-        axes.set_title(f"{axes.get_title(loc='left')}", loc="left")
-        axes.annotate(
-            y, (0, 1), xycoords="axes fraction", xytext=(-4, 5), textcoords="offset points", color=COLORS["muted"]
-        )
-        axes.title.set_position((0, 1))
-        axes._left_title.set_y(1.0)
-        axes.set_title(axes.get_title(loc="left"), loc="left", pad=SIZE + 11)
+    axes.set_title(y, loc="left")
 
 
 def _few_ticks(axis: Any, count: int) -> None:
@@ -261,34 +254,42 @@ def _short(value: float) -> str:
 
 
 def _place_labels(axes: Any, wanted: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each label at the first free place around its point: it must cover neither a point nor another label and
-    stay inside the plot; where none is free it takes the one that covers least."""
+    """Writes each label at the best place around its point: near, inside the plot, covering neither a point nor another
+    label; a label that had to go farther away gets a line to its point."""
     figure = axes.figure
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     spots = [tuple(axes.transData.transform((x, y))) for x, y, _ in wanted]
     taken = [(px - 4, py - 4, px + 4, py + 4) for px, py in spots]
-    offsets = [(dx, dy, side) for dy in (0, 9, -9, 18, -18, 27, -27) for dx, side in ((8, "left"), (-8, "right"))]
+    offsets = [(dx, dy, side) for dy in (0, 9, -9, 20, -20, 31, -31) for dx, side in ((8, "left"), (-8, "right"))]
     offsets += [(0, 12, "center"), (0, -12, "center")]
     for (px, py), (x, y, text) in zip(spots, wanted, strict=True):
         probe = axes.text(0, 0, text, fontsize=SIZE - 1)
         size = probe.get_window_extent(renderer)
         probe.remove()
-        best: tuple[float, int, Any] | None = None
-        for rank, (dx, dy, side) in enumerate(offsets):
+        best: tuple[float, Any] | None = None
+        for dx, dy, side in offsets:
             left = px + dx - {"left": 0, "right": size.width, "center": size.width / 2}[side]
             box = (left, py + dy - size.height / 2, left + size.width, py + dy + size.height / 2)
             outside = max(0.0, frame.x0 - box[0]) + max(0.0, box[2] - frame.x1)
             outside += max(0.0, frame.y0 - box[1]) + max(0.0, box[3] - frame.y1)
-            cost = sum(_overlap(box, other) for other in taken) + 50 * outside
+            cost = sum(_overlap(box, other) for other in taken) + 50 * outside + abs(dy) / 2
             if best is None or cost < best[0]:
-                best = (cost, rank, (dx, dy, side, box))
+                best = (cost, (dx, dy, side, box))
         assert best is not None
-        dx, dy, side, box = best[2]
+        dx, dy, side, box = best[1]
         taken.append(box)
+        line = {"arrowstyle": "-", "color": COLORS["muted"], "linewidth": 0.6} if abs(dy) > 12 else None
         label = axes.annotate(
-            text, (x, y), (dx, dy), textcoords="offset points", ha=side, va="center", fontsize=SIZE - 1
+            text,
+            (x, y),
+            (dx, dy),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize=SIZE - 1,
+            arrowprops=line,
         )
         label.set_in_layout(False)
 

@@ -1,0 +1,205 @@
+"""What `analyze` finds, as blocks of a report: similarity of layers, gradients, gains, what the image contributes.
+
+Scope: from documents of `analyze_run`, one per label (a strategy, a run), to blocks; the same for one run and for all
+strategies of a comparison, with one colour per label. What a document lacks is left out. Not here: how anything is
+measured (the rest of the room), how plots look (`reporting`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from normtune.reporting import Block, Figure, Heading, Table, Text, plots
+from normtune.reporting.numbers import score
+from normtune.reporting.palette import assign
+from normtune.reporting.plots import Mark, Series
+
+Documents = Mapping[str, Mapping[str, Any]]
+Colors = Mapping[str, str]
+TOKENS = {"image": "image tokens", "text": "text tokens"}
+ROLES = {
+    "input": "input norms",
+    "post_attention": "post-attention norms",
+    "post_mlp": "post-MLP norms",
+    "final": "final norm",
+    "qk": "QK norms",
+    "vision": "norms of the vision encoder",
+}
+IMAGES = {"none": "with its image", "shuffled": "with another image", "blind": "without an image"}
+
+
+def analysis_blocks(documents: Documents, colors: Colors | None = None) -> list[Block]:
+    """All that there is to show of one or more runs; `colors` (label -> name of a colour) as in the rest of a page."""
+    colors = colors or assign(documents)
+    makers = (similarity_blocks, gradient_blocks, gain_blocks, image_blocks)
+    return [block for make in makers for block in make(documents, colors)]
+
+
+def similarity_blocks(documents: Documents, colors: Colors) -> list[Block]:
+    """Cosine and CKA of all pairs of layers, a matrix per label, image and text tokens apart; means, effective rank and
+    losses beside them, as controls for overfitting."""
+    blocks: list[Block] = []
+    for tokens, title in TOKENS.items():
+        found = {label: one["similarity"][tokens] for label, one in documents.items() if _similar(one, tokens)}
+        for measure, name in (("cosine", "mean cosine similarity"), ("cka", "linear CKA")) if found else ():
+            low = min(0.0, *(value for one in found.values() for row in one[measure] for value in row))
+            panels = [
+                plots.heatmap(one[measure], title=label, low=low, high=1.0, x="layer") for label, one in found.items()
+            ]
+            blocks.append(
+                Figure(
+                    panels,
+                    f"Each pair of layers, {title}: {name} on held-out samples; layer 0 is the embedding.",
+                    scale=(f"{low:.2g}", "1", name),
+                    size="small",
+                )
+            )
+    if not blocks:
+        return []
+    return [Heading("Similarity of layers"), *blocks, *_similarity_table(documents), *_rank_figure(documents, colors)]
+
+
+def _similar(document: Mapping[str, Any], tokens: str) -> bool:
+    return bool((document.get("similarity") or {}).get(tokens))
+
+
+def _similarity_table(documents: Documents) -> list[Block]:
+    header = ["", *(f"{name}, {tokens}" for tokens in TOKENS for name in ("cosine", "CKA"))]
+    header += ["train loss", "held-out loss", "gap"]
+    rows = []
+    for label, one in documents.items():
+        similar = [(one.get("similarity") or {}).get(tokens) or {} for tokens in TOKENS]
+        losses = one.get("losses") or {}
+        rows.append(
+            [
+                label,
+                *(score(part.get(f"mean_{name}")) for part in similar for name in ("cosine", "cka")),
+                *(score(losses.get(name)) for name in ("train", "held_out", "gap")),
+            ]
+        )
+    caption = "Means over all pairs of different layers; the gap between held-out and training loss tells overfitting."
+    return [Table(header, rows, caption)]
+
+
+def _rank_figure(documents: Documents, colors: Colors) -> list[Block]:
+    panels = []
+    for tokens, title in TOKENS.items():
+        series = [
+            Series(label, range(len(ranks)), ranks, colors[label])
+            for label, one in documents.items()
+            if _similar(one, tokens) and (ranks := one["similarity"][tokens].get("effective_rank"))
+        ]
+        if series:
+            panels.append(plots.lines(series, title=f"Effective rank, {title}", x="layer"))
+    caption = "Effective rank of each layer's representations: low similarity alone is not expressive power."
+    return [Figure(panels, caption, legend=_legend(documents, colors))] if panels else []
+
+
+def gradient_blocks(documents: Documents, colors: Colors) -> list[Block]:
+    """Variance of the gradients over steps, a panel per part, and per norm over depth at the last checkpoint."""
+    parts: dict[str, list[Series]] = {}
+    for label, one in documents.items():
+        checkpoints = _checkpoints(one)
+        for part in dict.fromkeys(part for point in checkpoints for part in point["parts"]):
+            here = [
+                (point["step"], point["parts"][part]["variance"]) for point in checkpoints if part in point["parts"]
+            ]
+            parts.setdefault(part, []).append(Series(label, *zip(*here, strict=True), colors[label]))
+    if not parts:
+        return []
+    panels = [
+        plots.lines(series, title=part, x="step", y="gradient variance", log_y=_positive(series))
+        for part, series in parts.items()
+    ]
+    first = next(one["gradients"] for one in documents.values() if _checkpoints(one))
+    formula = first.get("formula", "")
+    size = f"{first.get('batches', '?')} fixed batches of {first.get('batch_size', '?')} samples"
+    blocks: list[Block] = [
+        Heading("Variance of gradients"),
+        Text(f"From {size}, at the same steps for every label. {formula}".strip()),
+        Figure(panels, "Gradient variance per part of the model over training.", legend=_legend(documents, colors)),
+    ]
+    depth = _over_depth(documents, colors, _last_variance, "gradient variance")
+    if depth:
+        caption = "Gradient variance of each norm over depth, at the last checkpoint."
+        blocks.append(Figure(depth, caption, legend=_legend(documents, colors)))
+    return blocks
+
+
+def _checkpoints(document: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return (document.get("gradients") or {}).get("checkpoints") or []
+
+
+def _last_variance(document: Mapping[str, Any], gain: Mapping[str, Any]) -> float | None:
+    checkpoints = _checkpoints(document)
+    norms = checkpoints[-1].get("norms") or {} if checkpoints else {}
+    return norms[gain["name"]]["variance"] if gain["name"] in norms else None
+
+
+def gain_blocks(documents: Documents, colors: Colors) -> list[Block]:
+    """How far each norm's gains moved, over depth: magnitude and angle, a panel per role; frozen norms are left out."""
+    blocks: list[Block] = []
+    for key, title, meaning in (
+        ("change", "change of gains", "|Δg| / |g|, by the norm's place in the LLM"),
+        ("angle", "angle in degrees", "Angle between the gains before and after"),
+    ):
+
+        def value(document: Mapping[str, Any], gain: Mapping[str, Any], key: str = key) -> float | None:
+            return gain[key] if gain.get("trained", True) else None
+
+        panels = _over_depth(documents, colors, value, title)
+        if panels:
+            blocks.append(Figure(panels, f"{meaning}.", legend=_legend(documents, colors)))
+    return [Heading("Gain maps"), *blocks] if blocks else []
+
+
+def _over_depth(
+    documents: Documents,
+    colors: Colors,
+    value: Callable[[Mapping[str, Any], Mapping[str, Any]], float | None],
+    y: str,
+) -> list[str]:
+    """A panel per role with a line per label over the blocks; a role with one norm (final) is a row per label."""
+    panels = []
+    for role, title in ROLES.items():
+        series, single = [], []
+        for label, one in documents.items():
+            gains = [gain for gain in one.get("gains") or () if gain["role"] == role]
+            found = [(gain, shown) for gain in gains if (shown := value(one, gain)) is not None]
+            values = [shown for _, shown in found]
+            if len(found) == 1:
+                single.append(Mark(label, values[0], colors[label]))
+            elif found:
+                places = [i if gain.get("block") is None else gain["block"] for i, (gain, _) in enumerate(found)]
+                series.append(Series(label, places, values, colors[label]))
+        if series:
+            panels.append(plots.lines(series, title=title, x="block", y=y, log_y=_positive(series)))
+        if single:
+            panels.append(plots.bars(single, title=f"{title}, {y}"))
+    return panels
+
+
+def image_blocks(documents: Documents, colors: Colors) -> list[Block]:
+    """What the image contributes: scores with its image, with another's, without."""
+    found = {label: one["image"] for label, one in documents.items() if one.get("image")}
+    if not found:
+        return []
+    names = list(dict.fromkeys(bench for one in found.values() for scores in one.values() for bench in scores))
+    rows = [
+        [f"{label}, {title}", *(score(one[key].get(name)) for name in names)]
+        for label, one in found.items()
+        for key, title in IMAGES.items()
+        if key in one
+    ]
+    return [Heading("What the image contributes"), Table(["", *names], rows)]
+
+
+def _legend(documents: Documents, colors: Colors) -> list[tuple[str, str]]:
+    return [(label, colors[label]) for label in documents] if len(documents) > 1 else []
+
+
+def _positive(series: Sequence[Series]) -> bool:
+    """Whether a logarithmic axis is due: all values positive, and far apart."""
+    values = [value for one in series for value in one.y]
+    return min(values) > 0 and max(values) / min(values) > 20
