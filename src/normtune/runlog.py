@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -235,3 +237,9 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

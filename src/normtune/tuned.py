@@ -92,6 +92,22 @@ def move(model: nn.Module, device: torch.device) -> None:
         model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
 
 
+def place(model: nn.Module, device: str = "auto") -> torch.device:
+    """Moves the model to `auto` (a CUDA device where there is one), `cpu`, `cuda`, `cuda:N` or `mps`, as `move` does.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, False):
+        raise InputError(f"device {device}: {'not found here' if kind in there else 'unknown'}; use auto or cpu")
+    move(model, torch.device(device))
+    return torch.device(device)
+
+
 def floating(recipe: ModelRecipe) -> ModelRecipe:
     """The same model with a bfloat16 base where it is quantized."""
     return recipe.model_copy(update={"dtype": "bfloat16"}) if recipe.dtype in ("nf4", "int8") else recipe

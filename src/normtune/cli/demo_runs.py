@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +15,7 @@ from normtune.errors import InputError
 from normtune.evaluation import answer, evaluate_model, shuffled_images
 from normtune.progress import Bar
 from normtune.recipe import load_recipe, to_yaml
-from normtune.runlog import provenance, read_lines, write_json
+from normtune.runlog import peak_rss, provenance, read_lines, write_json
 from normtune.tasks import TASKS
 from normtune.training import Trained, train
 from normtune.tuned import build
@@ -198,9 +196,3 @@ class Demo:
 def first_text(truth: Any) -> str:
     """One reference as text: of several, the first."""
     return str(truth[0]) if isinstance(truth, list | tuple) else str(truth)
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

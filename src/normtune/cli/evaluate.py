@@ -44,7 +44,7 @@ def evaluate(
 
     quiet_libraries()
     from normtune.evaluation import Settings, evaluate_into, splits_of
-    from normtune.tuned import open_tuned
+    from normtune.tuned import open_tuned, place
     from normtune.world import resolve_path
 
     tuned = open_tuned(model, dtype=dtype)
@@ -58,7 +58,7 @@ def evaluate(
         print(f"limit {limit} (the recipe's); --limit 0 asks everything", file=sys.stderr)
     unique = tuple(dict.fromkeys(names))
     settings = Settings(unique, limit or None, splits_of(split, unique), baseline, rules, mode, seed)  # type: ignore[arg-type]
-    place(tuned, device)
+    place(tuned.model, device)
     target = target_of(out, model, settings)
     with Bars() as bars:
         document = evaluate_into(
@@ -76,22 +76,6 @@ def evaluate(
         print_json({"result": str(target), **document})
     else:
         show(document, target)
-
-
-def place(tuned: Tuned, device: str) -> None:
-    """Moves the model to the device; InputError where there is none such."""
-    import torch
-
-    from normtune.errors import InputError
-    from normtune.tuned import move
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.partition(":")[0]
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind, False):
-        raise InputError(f"device {device}: {'not found here' if kind in there else 'unknown'}; use auto or cpu")
-    move(tuned.model, torch.device(device))
 
 
 def about(model: str, tuned: Tuned) -> dict[str, Any]:
