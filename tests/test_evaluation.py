@@ -85,7 +85,7 @@ def test_shared_features_give_identical_logits(pair: Any) -> None:
 
 def test_engines_agree(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = answer(*pair, conversations()[:9], 12, batch_size=4)
-    monkeypatch.setattr(engines, "takes_features", lambda model: False)
+    monkeypatch.setattr(engines, "takes_features", lambda *both: False)
     assert answer(*pair, conversations()[:9], 12, batch_size=4) == shared
 
 

@@ -18,12 +18,15 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from normtune.errors import InputError
 from normtune.evaluation.answering import MODES, Mode, answer, generate, likelihoods
+from normtune.evaluation.engines import takes_features
 from normtune.evaluation.formats import Predictions
 from normtune.evaluation.journal import NAME as JOURNAL
 from normtune.evaluation.journal import Given, Journal, wrong_place
 from normtune.evaluation.questions import Asked, Settings, ask, splits_of
 from normtune.evaluation.results import FORMAT, conditions, describe, identity, read_measured, scores_of
 from normtune.evaluation.selection import BASELINES, Baseline, select, shuffled_images
+from normtune.features import Store, fill_store
+from normtune.recipe import ModelRecipe
 from normtune.runlog import write_json
 from normtune.tasks import Rules, difference
 
@@ -43,6 +46,7 @@ __all__ = [
     "select",
     "shuffled_images",
     "splits_of",
+    "stored_features",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -64,13 +68,15 @@ def evaluate_model(
     seed: int = 0,
     progress: Progress | None = None,
     predictions: bool = False,
+    store: Store | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Scores of `model` on each of `benchmarks` (names of `tasks.TASKS`) whose official files lie below `data`.
 
     `limit` asks at least that many questions per benchmark, whole images at a time (see `select`); `split` takes
     another split than the usual one. `baseline` takes the image away (`blind`) or gives every question another item's
     image (`shuffled`); questions without an image stay as they are. `mode` `likelihood` compares the likelihoods of
-    "Yes" and "No" on POPE and MME. `progress(benchmark, answered, total)` is called after each batch.
+    "Yes" and "No" on POPE and MME. `progress(benchmark, answered, total)` is called after each batch. Images that are
+    in `store` (see `stored_features`) are not encoded again; a model whose encoder was tuned makes no use of it.
 
     Returns {benchmark: {"score": headline 0 to 1, figures of the task ..., "intervals": 95 % of each figure, "n":
     questions asked, "baseline": ..., "ties": answers within 1e-4 of another one}} and, with `predictions`, a list
@@ -86,7 +92,7 @@ def evaluate_model(
     results: dict[str, dict[str, Any]] = {}
     for one in ask(settings, data):
         given = Given(len(one))
-        collect(model, processor, settings, one, given, batch_size, progress=progress)
+        collect(model, processor, settings, one, given, batch_size, progress=progress, store=store)
         measured = one.task.measure(one.items, given.complete(), rules)
         results[one.name] = scores_of(one, given, measured, settings)
         if predictions:
@@ -108,6 +114,7 @@ def evaluate_into(
     batch_size: int = BATCH,
     against: Path | None = None,
     progress: Progress | None = None,
+    store: Store | None = None,
 ) -> dict[str, Any]:
     """Writes the result to the file `target` and the answers, as they come, to the folder of that name without .json;
     returns the result. Called again after an interruption it goes on after the last batch that was answered.
@@ -116,6 +123,7 @@ def evaluate_into(
         about: the identity of the model, for the record (see `identity`).
         against: another result's file: paired differences of all figures (this - other), its answers read by this
             one's rules.
+        store: as in `evaluate_model`; an evaluation that was interrupted may go on with one or without.
 
     Raises:
         InputError: as `evaluate_model`; answers in that folder under other settings; `against` about other questions.
@@ -130,7 +138,7 @@ def evaluate_into(
             raise InputError(f"{target} is no file of JSON.\nGive --out a file NAME.json, or a folder to write into.")
         if target.exists() and not (folder / JOURNAL).exists():
             raise InputError(f"{target} exists already, and it is no result with its answers.\nChoose another --out.")
-    facts = describe(model, processor, settings, asked, Path(data))
+    facts = describe(model, processor, settings, asked, Path(data), store)
     document: dict[str, Any] = {"format": FORMAT, **facts, "predictions": folder.name, "scores": {}}
     document["model"] = {**(about or {}), **facts["model"]}
     document["generation"]["batch_size"] = batch_size
@@ -139,7 +147,7 @@ def evaluate_into(
         for one in asked:
             given = journal.given[one.name]
             files = Predictions(folder / one.name, one, given)
-            collect(model, processor, settings, one, given, batch_size, journal, files, progress)
+            collect(model, processor, settings, one, given, batch_size, journal, files, progress, store)
             files.finish()
             measured = one.task.measure(one.items, given.complete(), settings.rules)
             document["scores"][one.name] = scores_of(one, given, measured, settings)
@@ -162,12 +170,13 @@ def collect(
     journal: Journal | None = None,
     files: Predictions | None = None,
     progress: Progress | None = None,
+    store: Store | None = None,
 ) -> None:
     """Asks what is not in `given` yet and puts it there, into the journal and into the files of predictions."""
     if settings.mode == "likelihood":
-        stream = likelihoods(model, processor, asked, batch_size, given)
+        stream = likelihoods(model, processor, asked, batch_size, given, store)
     else:
-        stream = generate(model, processor, asked, asked.task.max_new_tokens, batch_size, given)
+        stream = generate(model, processor, asked, asked.task.max_new_tokens, batch_size, given, store)
     done = len(given)
     with closing(stream) if done < len(asked) else nullcontext(()) as batches:
         for batch in batches:
@@ -180,6 +189,30 @@ def collect(
             done += len(batch)
             if progress is not None:
                 progress(asked.name, done, len(asked))
+
+
+def stored_features(
+    recipe: ModelRecipe,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    asked: Sequence[Asked],
+    *,
+    quiet: bool = True,
+) -> Store | None:
+    """The `store` of an evaluation: features of all images that are asked about, in the cache that trainings from this
+    `recipe` use; `model`, built from it, encodes what is missing.
+
+    None where the model's encoder has to run for each evaluation: it was tuned, or the model is asked through a
+    processor of its own. Raises as `features.fill_store`."""
+    if not takes_features(model, processor):
+        return None
+    wanted = {
+        image: f"{one.name}, item '{item.id}'"
+        for one in asked
+        for item, image in zip(one.items, one.images, strict=True)
+        if image
+    }
+    return fill_store(recipe, model, processor, wanted, quiet=quiet)
 
 
 def _check_size(batch_size: int) -> None:

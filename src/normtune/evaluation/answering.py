@@ -23,6 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from normtune.chat import Chat, Turn
 from normtune.errors import InputError
 from normtune.evaluation.engines import Request, batches, engine_for
+from normtune.features import Store
 
 Mode = Literal["generate", "likelihood"]
 MODES: tuple[Mode, ...] = ("generate", "likelihood")
@@ -70,12 +71,14 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     known: Container[int] = (),
+    store: Store | None = None,
 ) -> Generator[list[tuple[int, Answer]]]:
-    """Batch by batch the greedy answers with their places in `requests`, without the places in `known`."""
+    """Batch by batch the greedy answers with their places in `requests`, without the places in `known`; an image whose
+    features are in `store` is not encoded (see `engine_for`)."""
     chat = Chat.from_processor(processor)
     stops = stop_tokens(model, chat)
     with plain_greedy(model, processor.tokenizer, stops, max_new_tokens):
-        for places, inputs in batches(engine_for(model, processor, chat), requests, batch_size, known):
+        for places, inputs in batches(engine_for(model, processor, chat, store), requests, batch_size, known):
             width = inputs["input_ids"].shape[1]
             margins = Margins()
             ids = model.generate(**inputs, logits_processor=LogitsProcessorList([margins]))[:, width:].tolist()
@@ -96,6 +99,7 @@ def likelihoods(
     requests: Sequence[Request],
     batch_size: int,
     known: Container[int] = (),
+    store: Store | None = None,
 ) -> Generator[list[tuple[int, Answer]]]:
     """As `generate`, but the text is the likelier of CHOICES, from one forward pass per batch.
 
@@ -104,7 +108,7 @@ def likelihoods(
     chat = Chat.from_processor(processor)
     start, first = choice_tokens(chat)
     with plain_greedy(model, processor.tokenizer, stop_tokens(model, chat), 1):
-        for places, inputs in batches(engine_for(model, processor, chat), requests, batch_size, known):
+        for places, inputs in batches(engine_for(model, processor, chat, store), requests, batch_size, known):
             choice = Choice(first)
             model.generate(**continued(inputs, start), logits_processor=LogitsProcessorList([choice]))
             found = []

@@ -1,17 +1,18 @@
 """How questions become a model's inputs: prompts, images, left padding; and in which batches.
 
 Scope: images are opened when their turn comes. A LLaVA gets the features of an image once for all questions about it,
-through `mm_encoder_outputs`; any other model goes the whole way through its own processor. Which questions share a
-batch follows from the questions and the batch size alone, so that an evaluation that was interrupted forms the same
-batches again. Not here: what is done with the inputs (`answering`).
+through `mm_encoder_outputs`, or from a store, so that its encoder does not run; any other model goes the whole way
+through its own processor. Which questions share a batch follows from the questions and the batch size alone, so that
+an evaluation that was interrupted forms the same batches again. Not here: what is done with the inputs (`answering`).
 
-Shapes: B batch, S tokens of the longest prompt, N images, T tokens of an image, H hidden size of the LLM.
+Shapes: B batch, S tokens of the longest prompt, N images, T tokens of an image, H hidden size of the LLM, P tokens and
+D values of a stored feature.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Hashable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from normtune.chat import PLACEHOLDER, Chat, Turn
 from normtune.errors import InputError
 from normtune.evaluation.prefixes import shared_inputs
+from normtune.features import Store, can_store
 from normtune.images import open_image, to_rgb
+from normtune.strategy import tuning
 
 # Prompts are sorted by length within this many batches, and the image features of as many are held at once:
 # enough to save padding, few enough for the features of 7B models (576 x 4096 values an image).
@@ -53,15 +56,18 @@ class Request:
         return tuple(image if isinstance(image, Path) else id(image) for image in self.images)
 
 
-def engine_for(model: PreTrainedModel, processor: ProcessorMixin, chat: Chat) -> Shared | Stock:
-    """The engine that fits the model."""
-    shared = isinstance(processor, LlavaProcessor) and takes_features(model)
-    return Shared(model, processor, chat) if shared else Stock(model, processor)
+def engine_for(
+    model: PreTrainedModel, processor: ProcessorMixin, chat: Chat, store: Store | None = None
+) -> Shared | Stock:
+    """The engine that fits the model; with a `store` of image features if both can use it (see `can_store`)."""
+    if not takes_features(model, processor):
+        return Stock(model, processor)
+    return Shared(model, processor, chat, store if store is not None and can_store(model) else None)
 
 
-def takes_features(model: PreTrainedModel) -> bool:
+def takes_features(model: PreTrainedModel, processor: ProcessorMixin) -> bool:
     """Whether the model's forward can be given the features of images in place of pixels."""
-    return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    return isinstance(processor, LlavaProcessor) and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
 
 
 def batches(
@@ -94,10 +100,10 @@ def chunks(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 class Shared:
     """A LLaVA with its processor, which turns each image into one run of image tokens and nothing else:
     features are computed once per image of a window, prompts come from `Chat`. What questions about one image share
-    is run once per batch."""
+    is run once per batch. An image that is in `store` goes through the connector alone."""
 
-    def __init__(self, model: PreTrainedModel, processor: Any, chat: Chat) -> None:
-        self.model, self.processor, self.chat = model, processor, chat
+    def __init__(self, model: PreTrainedModel, processor: Any, chat: Chat, store: Store | None = None) -> None:
+        self.model, self.processor, self.chat, self.store = model, processor, chat, store
         self.device = model.get_input_embeddings().weight.device
         self.pad = processor.tokenizer.pad_token_id or 0
 
@@ -112,8 +118,8 @@ class Shared:
             for request in reversed(requests)
             for key, image in zip(request.keys, request.images, strict=True)
         }
-        features: dict[Hashable, torch.Tensor] = {}
-        for keys in chunks(list(sources), batch_size):
+        features = self.stored(sources, batch_size)
+        for keys in chunks([key for key in sources if key not in features], batch_size):
             pictures = [opened(*sources[key]) for key in keys]
             pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
             output = self.model.get_image_features(pixel_values=pixels.to(self.device), return_dict=True)
@@ -124,6 +130,19 @@ class Shared:
             ids = self.chat.prompt(request.turns, [len(feature) for feature in own])
             prepared.append((len(ids), (ids, own)))
         return prepared
+
+    def stored(
+        self, sources: Mapping[Hashable, tuple[Image.Image | Path, str]], batch_size: int
+    ) -> dict[Hashable, torch.Tensor]:
+        """Features [T, H] of those images that the store has, from what it keeps of them [P, D] each."""
+        found: dict[Hashable, torch.Tensor] = {}
+        if self.store is None:
+            return found
+        (connector,) = map(self.model.get_submodule, tuning(self.model).anatomy.connector)
+        paths = self.store.stored({key: where for key, (_, where) in sources.items() if isinstance(key, Path)})
+        for some in chunks(paths, batch_size):
+            found |= zip(some, connector(self.store.lookup(some).to(self.device)), strict=True)
+        return found
 
     def inputs(self, batch: Sequence[tuple[list[int], list[torch.Tensor]]]) -> dict[str, Any]:
         """`generate`'s arguments: input_ids and attention_mask [B, S] int64, padded on the left, and features; or with
@@ -144,6 +163,8 @@ class Shared:
 
 class Stock:
     """Any other model: its processor renders, tokenizes and pads each batch."""
+
+    store = None  # its encoder always runs
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.processor = processor

@@ -22,6 +22,7 @@ from normtune.evaluation.answering import CHOICES, stop_tokens
 from normtune.evaluation.engines import engine_for
 from normtune.evaluation.journal import Given, read_answers
 from normtune.evaluation.questions import Asked, Settings
+from normtune.features import Store
 from normtune.runlog import file_hash, provenance, read_json
 from normtune.tasks import Measured, Rules
 
@@ -82,11 +83,16 @@ def conditions(
 
 
 def describe(
-    model: PreTrainedModel, processor: ProcessorMixin, settings: Settings, asked: Sequence[Asked], data: Path
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    settings: Settings,
+    asked: Sequence[Asked],
+    data: Path,
+    store: Store | None = None,
 ) -> dict[str, Any]:
     """Model, prompts, generation, files, versions and hardware of a result."""
     chat = Chat.from_processor(processor)
-    engine = engine_for(model, processor, chat)
+    engine = engine_for(model, processor, chat, store)
     device = next(model.parameters()).device
     return {
         "settings": settings.to_dict(),
@@ -103,6 +109,7 @@ def describe(
             **lengths(settings, asked),
             "stop_tokens": processor.tokenizer.convert_ids_to_tokens(stop_tokens(model, chat)),
             "chat_template_sha256": hashlib.sha256(chat.template.encode()).hexdigest(),
+            "stored_features": None if engine.store is None else engine.store.folder.name,
         },
         "data": {
             one.name: {"files": file_hashes(data, one.name), "questions_sha256": one.fingerprint()} for one in asked

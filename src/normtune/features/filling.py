@@ -1,4 +1,5 @@
-"""How a training with `cache_features: true` begins: which images, which store, is it complete, and filling it.
+"""Which images, which store, is it complete, and filling it: how a training with `cache_features: true` begins, and an
+evaluation that shows images again and again.
 
 Scope: from a recipe to a complete store. Non-scope: how a store is kept (store.py), whose it is (identity.py).
 """
@@ -9,7 +10,7 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,7 +28,7 @@ from normtune.progress import Bar, say
 from normtune.strategy import check, tuning
 
 if TYPE_CHECKING:
-    from normtune.recipe import Recipe, Stage
+    from normtune.recipe import ModelRecipe, Recipe, Stage
 
 SHARD_BYTES = 64_000_000  # a shard is what a kill can lose: half a minute of an encoder on a CPU
 SHARD_IMAGES = 512
@@ -42,7 +43,7 @@ class HasSamples(Protocol):
 
 @dataclass
 class Prepared:
-    """The images of the stages with `cache_features`, and where their features are kept.
+    """Images, and where their features are kept: those of the stages with `cache_features`, or of an evaluation.
 
     `known` is what an MLLM can be built with when its encoder's weights need not be read; None: build it whole.
     """
@@ -50,7 +51,7 @@ class Prepared:
     store: Store
     identity: dict[str, Any]
     wanted: dict[Path, str]  # image -> what names it
-    stages: tuple[Stage, ...]  # all up to the last that reads features
+    stages: tuple[Stage, ...]  # all up to the last that reads features; () without a training
     known: Features | None
 
     @property
@@ -64,7 +65,7 @@ class Prepared:
         (Whether the connector alone is between encoder and LLM, `fill` finds by comparing.)
         """
         found = tuning(model).anatomy
-        if image_reader(unwrapped(model), found) is None or len(found.connector) != 1:
+        if not has_connector(model):
             raise InputError(
                 "cache_features: the model has no single vision encoder and connector, so there is nothing to keep.\n"
                 "Leave cache_features off."
@@ -194,11 +195,56 @@ def prepare_features(recipe: Recipe, mixtures: Sequence[HasSamples], *, quiet: b
     wanted = {path: where for number in cached for path, where in shown[number].items()}
     if not wanted:
         return None
-    facts = identity(recipe.model)
+    prepared = prepare_images(recipe.model, wanted, quiet=quiet)
+    live = any(images for images, stage in zip(shown, recipe.stages, strict=True) if not stage.cache_features)
+    return replace(prepared, stages=tuple(recipe.stages[: cached[-1] + 1]), known=None if live else prepared.known)
+
+
+def prepare_images(recipe: ModelRecipe, wanted: dict[Path, str], *, quiet: bool = False) -> Prepared:
+    """These images (each with what names it), and what of them the store of the recipe's encoder has.
+
+    Raises:
+        InputError: as `prepare_features`.
+    """
+    facts = identity(recipe)
     store = Store(cache_folder() / "features" / identity_key(facts))
     store.recognize(wanted, quiet)
     missing = any(key not in store for key in store.contents(wanted))
-    live = any(images for images, stage in zip(shown, recipe.stages, strict=True) if not stage.cache_features)
-    probed = None if missing or live else store.facts.get("probed")
-    known = None if probed is None else Features(**probed)
-    return Prepared(store, facts, wanted, tuple(recipe.stages[: cached[-1] + 1]), known)
+    probed = None if missing else store.facts.get("probed")
+    return Prepared(store, facts, wanted, (), None if probed is None else Features(**probed))
+
+
+def fill_store(
+    recipe: ModelRecipe, model: nn.Module, processor: Any, wanted: dict[Path, str], *, quiet: bool = False
+) -> Store | None:
+    """The store of the recipe's encoder, with features of all images `wanted`; `model` encodes what is missing.
+
+    Args:
+        recipe: what `model` was built from; a training from it with `cache_features` has the same store.
+        wanted: image file -> what names it, for messages.
+
+    Returns:
+        None, and nothing is read or written, where stored features cannot stand for images (see `can_store`).
+
+    Raises:
+        InputError, JobError: as `Prepared.fill`.
+    """
+    if not can_store(model):
+        return None
+    prepared = prepare_images(recipe, wanted, quiet=quiet)
+    prepared.fill(model, processor, quiet=quiet)
+    return prepared.store
+
+
+def has_connector(model: nn.Module) -> bool:
+    """Whether the model has one vision encoder and one connector: else there is nothing to keep between them."""
+    found = tuning(model).anatomy
+    return image_reader(unwrapped(model), found) is not None and len(found.connector) == 1
+
+
+def can_store(model: nn.Module) -> bool:
+    """Whether features of the recipe's own encoder are this model's: it has one connector, and nothing in its encoder
+    is trainable, was trained or came with an adapter."""
+    state = tuning(model)
+    inside = tuple(f"{name}." for name in state.anatomy.vision)
+    return has_connector(model) and not any(name.startswith(inside) for name in state.tuned)

@@ -106,6 +106,12 @@ class Store:
                 self._keys[path] = key
                 bar.update(number)
 
+    def stored(self, wanted: Mapping[Path, str]) -> list[Path]:
+        """Those of the image files, each with what names it, whose features are here. Reads and raises as
+        `recognize`."""
+        self.recognize(wanted)
+        return [path for path in wanted if self._keys[path] in self]
+
     def contents(self, paths: Iterable[Path]) -> dict[str, Path]:
         """SHA-256 -> one of the recognized files with this content."""
         return {self._keys[path]: path for path in paths}
