@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from normtune.reporting import Block, Figure, Heading, Table, Text, plots
+from normtune.reporting import Block, Bullets, Figure, Heading, Table, Text, plots
 from normtune.reporting.numbers import score
 from normtune.reporting.palette import assign
 from normtune.reporting.plots import Mark, Series
@@ -26,13 +26,14 @@ ROLES = {
     "qk": "QK norms",
     "vision": "norms of the vision encoder",
 }
+GRADIENTS = {"variance": "gradient variance", "noise": "noise scale"}
 IMAGES = {"none": "with its image", "shuffled": "with another image", "blind": "without an image"}
 
 
 def analysis_blocks(documents: Documents, colors: Colors | None = None) -> list[Block]:
     """All that there is to show of one or more runs; `colors` (label -> name of a colour) as in the rest of a page."""
     colors = colors or assign(documents)
-    makers = (similarity_blocks, gradient_blocks, gain_blocks, image_blocks)
+    makers = (similarity_blocks, gradient_blocks, gain_blocks, image_blocks, note_blocks)
     return [block for make in makers for block in make(documents, colors)]
 
 
@@ -43,14 +44,14 @@ def similarity_blocks(documents: Documents, colors: Colors) -> list[Block]:
     for tokens, title in TOKENS.items():
         found = {label: one["similarity"][tokens] for label, one in documents.items() if _similar(one, tokens)}
         for measure, name in (("cosine", "mean cosine similarity"), ("cka", "linear CKA")) if found else ():
-            low = min(0.0, *(value for one in found.values() for row in one[measure] for value in row))
+            low = min(0.0, *(v for one in found.values() for row in one[measure] for v in row if v is not None))
             panels = [
                 plots.heatmap(one[measure], title=label, low=low, high=1.0, x="layer") for label, one in found.items()
             ]
             blocks.append(
                 Figure(
                     panels,
-                    f"Each pair of layers, {title}: {name} on held-out samples; layer 0 is the embedding.",
+                    f"Pairs of layers, {title}: {name} on held-out samples; layer 0 is the input of block 0.",
                     scale=(f"{low:.2g}", "1", name),
                     size="small",
                 )
@@ -97,44 +98,52 @@ def _rank_figure(documents: Documents, colors: Colors) -> list[Block]:
 
 
 def gradient_blocks(documents: Documents, colors: Colors) -> list[Block]:
-    """Variance of the gradients over steps, a panel per part, and per norm over depth at the last checkpoint."""
-    parts: dict[str, list[Series]] = {}
-    for label, one in documents.items():
-        checkpoints = _checkpoints(one)
-        for part in dict.fromkeys(part for point in checkpoints for part in point["parts"]):
-            here = [
-                (point["step"], point["parts"][part]["variance"]) for point in checkpoints if part in point["parts"]
-            ]
-            parts.setdefault(part, []).append(Series(label, *zip(*here, strict=True), colors[label]))
-    if not parts:
+    """Variance of the gradients and noise scale over steps, a panel per part, and per norm over depth at the end."""
+    first = next((one["gradients"] for one in documents.values() if _checkpoints(one)), None)
+    if first is None:
         return []
-    panels = [
-        plots.lines(series, title=part, x="step", y="gradient variance", log_y=_positive(series))
-        for part, series in parts.items()
-    ]
-    first = next(one["gradients"] for one in documents.values() if _checkpoints(one))
-    formula = first.get("formula", "")
     size = f"{first.get('batches', '?')} fixed batches of {first.get('batch_size', '?')} samples"
     blocks: list[Block] = [
         Heading("Variance of gradients"),
-        Text(f"From {size}, at the same steps for every label. {formula}".strip()),
-        Figure(panels, "Gradient variance per part of the model over training.", legend=_legend(documents, colors)),
+        Text(f"From {size}, at the same steps for every label. {first.get('formula', '')}".strip()),
     ]
-    depth = _over_depth(documents, colors, _last_variance, "gradient variance")
-    if depth:
-        caption = "Gradient variance of each norm over depth, at the last checkpoint."
-        blocks.append(Figure(depth, caption, legend=_legend(documents, colors)))
+    legend = _legend(documents, colors)
+    for key, meaning in GRADIENTS.items():
+        panels = [
+            plots.lines(series, title=part, x="step", y=meaning, log_y=_positive(series))
+            for part, series in _over_steps(documents, colors, key).items()
+        ]
+
+        def last(document: Mapping[str, Any], gain: Mapping[str, Any], key: str = key) -> float | None:
+            norms = (_checkpoints(document) or [{}])[-1].get("norms") or {}
+            return (norms.get(gain["name"]) or {}).get(key)
+
+        depth = _over_depth(documents, colors, last, meaning)
+        caption = f"{meaning.capitalize()} per part of the model over training."
+        blocks += [Figure(panels, caption, legend=legend)] if panels else []
+        caption = f"{meaning.capitalize()} of each norm over depth, at the last checkpoint."
+        blocks += [Figure(depth, caption, legend=legend)] if depth else []
     return blocks
+
+
+def _over_steps(documents: Documents, colors: Colors, key: str) -> dict[str, list[Series]]:
+    """Lines of a figure of the gradients, by part; a part that no run trains says so."""
+    found: dict[str, list[Series]] = {}
+    trained: set[str] = set()
+    for label, one in documents.items():
+        points = [(point["step"], point["parts"]) for point in _checkpoints(one)]
+        trained |= set((one.get("gradients") or {}).get("trained") or ())
+        for part in dict.fromkeys(part for _, parts in points for part in parts):
+            here = [(step, parts[part].get(key)) for step, parts in points if part in parts]
+            here = [(step, value) for step, value in here if value is not None]
+            if here:
+                steps, values = [step for step, _ in here], [value for _, value in here]
+                found.setdefault(part, []).append(Series(label, steps, values, colors[label]))
+    return {part if part in trained or not trained else f"{part} (not trained)": all_ for part, all_ in found.items()}
 
 
 def _checkpoints(document: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return (document.get("gradients") or {}).get("checkpoints") or []
-
-
-def _last_variance(document: Mapping[str, Any], gain: Mapping[str, Any]) -> float | None:
-    checkpoints = _checkpoints(document)
-    norms = checkpoints[-1].get("norms") or {} if checkpoints else {}
-    return norms[gain["name"]]["variance"] if gain["name"] in norms else None
 
 
 def gain_blocks(documents: Documents, colors: Colors) -> list[Block]:
@@ -195,6 +204,16 @@ def image_blocks(documents: Documents, colors: Colors) -> list[Block]:
     return [Heading("What the image contributes"), Table(["", *names], rows)]
 
 
+def note_blocks(documents: Documents, colors: Colors) -> list[Block]:
+    """What else there is to know of a run, sentence by sentence."""
+    notes = {label: one["notes"] for label, one in documents.items() if one.get("notes")}
+    alike = len({tuple(found) for found in notes.values()}) == 1 and len(notes) == len(documents)
+    told = (
+        next(iter(notes.values())) if alike else [f"{label}: {note}" for label, all_ in notes.items() for note in all_]
+    )
+    return [Heading("Notes on the analysis", 3), Bullets(told)] if told else []
+
+
 def _legend(documents: Documents, colors: Colors) -> list[tuple[str, str]]:
     return [(label, colors[label]) for label in documents] if len(documents) > 1 else []
 
@@ -202,4 +221,4 @@ def _legend(documents: Documents, colors: Colors) -> list[tuple[str, str]]:
 def _positive(series: Sequence[Series]) -> bool:
     """Whether a logarithmic axis is due: all values positive, and far apart."""
     values = [value for one in series for value in one.y]
-    return min(values) > 0 and max(values) / min(values) > 20
+    return bool(values) and min(values) > 0 and max(values) / min(values) > 20

@@ -80,7 +80,7 @@ def table_cell(cell: str | Cell) -> str:
     if cell.mark in ("best", "group", "good", "bad"):
         text = f"**{text}**"
     if cell.mark in SIGNS:
-        text = f"{SIGNS[cell.mark] if cell.mark != 'tied' else '≈'} {text}"
+        text = f"{SIGNS[cell.mark]} {text}"
     return f"{text} ({escape(cell.detail)})" if cell.detail else text
 
 

@@ -6,7 +6,8 @@ Scope: numbers to short text, and what text counts as a number. Not here: roundi
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 NUMBER = re.compile(r"[–-]?|[-+±]?\d[\d.,e+-]*( ?(%|s|ms|[kMG]?B|[kMG]))?")
 """Text that stands to the right in a table: a number, with a prefix or unit, or none."""
@@ -61,3 +62,9 @@ def human_seconds(seconds: float) -> str:
 
 def is_number(text: str) -> bool:
     return bool(NUMBER.fullmatch(text))
+
+
+def machine(provenance: Mapping[str, Any]) -> str:
+    """The hardware and versions of a result's provenance, as a sentence's end."""
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    return f"{provenance['cores']} cores of {provenance['processor']}; Python {provenance['python']}, {versions}"

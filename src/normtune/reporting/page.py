@@ -29,7 +29,7 @@ from normtune.reporting.numbers import is_number
 from normtune.reporting.palette import MARKERS
 from normtune.reporting.style import style
 
-SIGNS = {"best": "★", "tied": "~", "good": "✓", "bad": "✗"}
+SIGNS = {"best": "★", "tied": "≈", "good": "✓", "bad": "✗"}
 """What stands before a marked cell's text, in HTML and in Markdown."""
 _ID = re.compile(r'(\bid="|href="#|url\(#)')
 
@@ -110,6 +110,7 @@ def table(block: Table) -> str:
     right = numeric_columns(block)
     classes = [" class='number'" if i in right else "" for i in range(len(block.header))]
     head = "".join(f"<th scope='col'{c}>{escape(text)}</th>" for c, text in zip(classes, block.header, strict=True))
+    head = f"<thead><tr>{head}</tr></thead>" if any(block.header) else ""
     rows = []
     for index, row in enumerate(block.rows):
         if index in block.groups:
@@ -123,10 +124,7 @@ def table(block: Table) -> str:
         rows.append("<tr>" + "".join(cells) + "</tr>")
     caption = f"<p class='caption'>{escape(block.caption)}</p>" if block.caption else ""
     kind = "wide stacked" if block.stacked else "wide"
-    return (
-        f"<div class='{kind}' tabindex='0'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>{caption}"
-    )
+    return f"<div class='{kind}' tabindex='0'><table>{head}<tbody>{''.join(rows)}</tbody></table></div>{caption}"
 
 
 def table_cell(cell: str | Cell, tag: str, kind: str, column: str) -> str:

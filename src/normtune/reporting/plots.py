@@ -42,9 +42,16 @@ class Series:
 
 
 @plot
-def points(axes: Any, marks: Sequence[Mark], *, title: str, form: Callable[[float], str] = score) -> float:
-    """A row per mark: a point, its interval, the figure at the right. The axis shows the range of the data, since
-    it is differences that are looked at; bars would have to begin at zero."""
+def points(
+    axes: Any,
+    marks: Sequence[Mark],
+    *,
+    title: str,
+    form: Callable[[float], str] = score,
+    reference: float | None = None,
+) -> float:
+    """A row per mark: a point, its interval, the figure at the right; `reference` is a dashed line. The axis shows the
+    range of the data, since it is differences that are looked at; bars would have to begin at zero."""
     rows = range(len(marks))
     spans = [mark.interval or (mark.value, mark.value) for mark in marks]
     for row, mark, (low, high) in zip(rows, marks, spans, strict=True):
@@ -52,6 +59,9 @@ def points(axes: Any, marks: Sequence[Mark], *, title: str, form: Callable[[floa
         _marker(axes, mark.value, row, mark.color)
         axes.text(1.03, row, form(mark.value), transform=axes.get_yaxis_transform(), va="center")
     _rows(axes, marks)
+    if reference is not None:
+        axes.axvline(reference, color=COLORS["muted"], linewidth=1, linestyle=(0, (3, 2)))
+        spans.append((reference, reference))
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     margin = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
     axes.set_xlim(low - margin, high + margin)
@@ -140,7 +150,7 @@ def lines(
 @plot
 def heatmap(
     axes: Any,
-    matrix: Sequence[Sequence[float]],
+    matrix: Sequence[Sequence[float | None]],
     *,
     title: str,
     low: float = 0.0,
@@ -150,12 +160,12 @@ def heatmap(
     rows: Sequence[str] = (),
 ) -> float:
     """A matrix as LEVELS colours from `low` to `high`, row 0 at the bottom; cells of one level are one path, so that
-    41 layers squared stay small. `rows` names the rows (else they are numbered)."""
+    41 layers squared stay small. `rows` names the rows (else they are numbered); None leaves a cell empty."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
     width, height = len(matrix[0]), len(matrix)
-    cells: dict[int, list[tuple[float, float, float]]] = {}  # level -> (row, first column, columns)
+    cells: dict[int | None, list[tuple[float, float, float]]] = {}  # level -> (row, first column, columns)
     for row, values in enumerate(matrix):
         begin = 0
         found = [_level(value, low, high) for value in values]
@@ -163,7 +173,8 @@ def heatmap(
             if column == width or found[column] != found[begin]:
                 cells.setdefault(found[begin], []).append((row, begin, column - begin))
                 begin = column
-    for level, runs in sorted(cells.items()):
+    cells.pop(None, None)
+    for level, runs in cells.items():
         paths = [Path([(c, r), (c + n, r), (c + n, r + 1), (c, r + 1), (c, r)], closed=True) for r, c, n in runs]
         axes.add_patch(PathPatch(Path.make_compound_path(*paths), facecolor=COLORS[f"h{level}"], linewidth=0))
     axes.set(xlim=(0, width), ylim=(0, height), aspect="equal" if width == height else "auto")
@@ -181,7 +192,9 @@ def heatmap(
     return 70 + 22 * height
 
 
-def _level(value: float, low: float, high: float) -> int:
+def _level(value: float | None, low: float, high: float) -> int | None:
+    if value is None or not math.isfinite(value):
+        return None
     share = (value - low) / (high - low) if high > low else 0.0
     return max(0, min(LEVELS - 1, int(share * LEVELS)))
 
