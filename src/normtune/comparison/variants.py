@@ -207,8 +207,9 @@ def strategy_variant(
 
 
 def stage1_variants(recipe: Recipe, label: str = STAGE1, **factors: Any) -> list[Variant]:
-    """The control that ends with stage 1; none for a recipe of one stage, which begins with a whole model."""
-    if len(recipe.stages) < 2:
+    """The control that ends with stage 1; none where the comparison trains no stage 1: the recipe has one stage, or
+    takes its stage 1 from a run (`start_from`)."""
+    if len(recipe.stages) < 2 or recipe.start_from is not None:
         return []
     own = {"strategy": "none", **factors}
     return [Variant(label, slug(label), prepared(recipe), own, control=True, trains=False)]
@@ -231,7 +232,9 @@ def rate_candidates(
     usable = not isinstance(learning_rates, str) and all(0 < float(rate) < 10 for rate in learning_rates)
     if not learning_rates or not usable:
         given = learning_rates if isinstance(learning_rates, str) else ", ".join(map(str, learning_rates))
-        raise InputError(f"learning rates {given or 'nothing'}: give auto, or positive numbers below 10 such as 1e-4,1e-3,1e-2.")
+        raise InputError(
+            f"learning rates {given or 'nothing'}: give auto, or positive numbers below 10 such as 1e-4,1e-3,1e-2."
+        )
     return sorted({float(rate) for rate in learning_rates})
 
 

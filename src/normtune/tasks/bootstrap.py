@@ -62,7 +62,7 @@ def intervals(statistics: Statistics, resamples: int = RESAMPLES, seed: int = 0)
     """The 95 % interval [low, high] of each figure; the same seed gives the same interval. Nothing scored gives {}."""
     if not statistics.units:
         return {}
-    return _percentiles(statistics.figures(_resampled(statistics, statistics.sums, resamples, seed)))
+    return percentiles(statistics.figures(resampled(statistics, statistics.sums, resamples, seed)))
 
 
 def difference(
@@ -70,30 +70,36 @@ def difference(
 ) -> dict[str, dict[str, Any]]:
     """For each figure `difference` (ours - theirs) and its 95 % `interval`, both results resampled alike, so that what
     makes a question hard for both cancels. InputError when they are not about the same units."""
-    keys = list(zip(ours.strata, ours.units, strict=True))
-    places = {key: n for n, key in enumerate(zip(theirs.strata, theirs.units, strict=True))}
+    width = ours.sums.shape[1]
+    both = np.concatenate([ours.sums, aligned(theirs, ours)], axis=1)
+    if not ours.units:
+        return {}
+    totals = resampled(ours, both, resamples, seed)
+    mine, yours = ours.figures(totals[:, :width]), theirs.figures(totals[:, width:])
+    spread = percentiles({name: mine[name] - yours[name] for name in mine})
+    first, second = ours.totals(), theirs.totals()
+    return {name: {"difference": first[name] - second[name], "interval": spread[name]} for name in first}
+
+
+def aligned(result: Statistics, reference: Statistics) -> np.ndarray:
+    """The sums of `result` in the reference's order of units: [U, K]. InputError when they are not about the same."""
+    keys = list(zip(reference.strata, reference.units, strict=True))
+    places = {key: n for n, key in enumerate(zip(result.strata, result.units, strict=True))}
     other = set(keys) ^ set(places)
     if other:
         raise InputError(
             f"the two results are not about the same images ({len(other)} are in one only, as {min(other)[1]!r}).\n"
             "Compare results of the same files, limit and seed."
         )
-    if not keys:
-        return {}
-    width = ours.sums.shape[1]
-    both = np.concatenate([ours.sums, theirs.sums[[places[key] for key in keys]]], axis=1)
-    totals = _resampled(ours, both, resamples, seed)
-    mine, yours = ours.figures(totals[:, :width]), theirs.figures(totals[:, width:])
-    spread = _percentiles({name: mine[name] - yours[name] for name in mine})
-    first, second = ours.totals(), theirs.totals()
-    return {name: {"difference": first[name] - second[name], "interval": spread[name]} for name in first}
+    return result.sums[[places[key] for key in keys]]
 
 
-def _percentiles(values: dict[str, np.ndarray]) -> dict[str, list[float]]:
+def percentiles(values: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """The 95 % interval of each array [resamples]."""
     return {name: [float(v) for v in np.percentile(value, [2.5, 97.5])] for name, value in values.items()}
 
 
-def _resampled(statistics: Statistics, sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def resampled(statistics: Statistics, sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Sums over units drawn with replacement within each stratum: [resamples, K]."""
     generator = np.random.default_rng(seed)
     strata = np.asarray(statistics.strata)
