@@ -1,0 +1,91 @@
+"""What the image contributes: scores with a question's image, without it, and with another's.
+
+Scope: the benchmarks of the recipe that have images, whole or in part; results that the run's `evaluations` hold are
+taken where they are of this model and about these very questions and images. Nothing is written. Not here: asking and
+scoring (`evaluation`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from normtune.errors import InputError
+from normtune.evaluation import BASELINES, Baseline, evaluate_model
+from normtune.evaluation.questions import Settings, ask
+from normtune.evaluation.results import FORMAT, fingerprint
+from normtune.progress import Bar
+from normtune.recipe import Evaluation
+from normtune.runlog import read_json
+from normtune.tuned import Tuned
+
+Stored = dict[tuple[str, str], float]  # (benchmark, SHA-256 of its questions with the images shown) -> headline
+Scores = dict[str, dict[str, float]]
+
+
+def image_contribution(
+    folder: Path, tuned: Tuned, section: Evaluation, limit: int | None, quiet: bool
+) -> tuple[Scores | None, dict[str, int], list[str]]:
+    """({"none", "blind", "shuffled": {benchmark: headline}} or None without such a benchmark, questions asked by
+    benchmark, notes).
+
+    Raises:
+        InputError: missing or wrong files.
+    """
+    stored = stored_scores(folder, tuned)
+    scores: Scores = {baseline: {} for baseline in BASELINES}
+    questions: dict[str, int] = {}
+    notes: list[str] = []
+    for name in dict.fromkeys(section.benchmarks):
+        if not any(ask(Settings((name,), 1), section.data)[0].images):
+            continue
+        try:
+            chosen = choose(name, section, limit, stored)
+        except InputError as error:
+            notes.append(f"{name}: not asked: {str(error).splitlines()[0]}")
+            continue
+        for baseline, (size, known, settings) in chosen.items():
+            questions[name] = size
+            scores[baseline][name] = ask_it(tuned, settings, section.data, quiet) if known is None else known
+    return (scores if questions else None), questions, notes
+
+
+def choose(
+    name: str, section: Evaluation, limit: int | None, stored: Stored
+) -> dict[Baseline, tuple[int, float | None, Settings]]:
+    """By baseline: how many questions, their score if it is stored, how they are asked. With the limit under which all
+    is stored, whichever it is; else with the one that is asked for."""
+    options = []
+    for size in dict.fromkeys((limit, section.limit, None)):
+        option: dict[Baseline, tuple[int, float | None, Settings]] = {}
+        for baseline in BASELINES:
+            settings = Settings((name,), size, baseline=baseline)
+            (asked,) = ask(settings, section.data)
+            option[baseline] = len(asked), stored.get((name, asked.fingerprint())), settings
+        options.append(option)
+        if all(known is not None for _, known, _ in option.values()):
+            return option
+    return options[0]
+
+
+def stored_scores(folder: Path, tuned: Tuned) -> Stored:
+    """Headlines of the results in `evaluations` that are of this very model, answered and read in the usual way."""
+    found: Stored = {}
+    own = fingerprint(tuned.model)
+    for path in sorted((folder / "evaluations").glob("*.json")):
+        result = read_json(path, "result")
+        if not isinstance(result, dict) or result.get("format") != FORMAT or result["model"].get("fingerprint") != own:
+            continue
+        if (result["settings"]["rules"], result["settings"]["mode"]) == ("official", "generate"):
+            for name, facts in result["scores"].items():
+                found[name, result["data"][name]["questions_sha256"]] = facts["score"]
+    return found
+
+
+def ask_it(tuned: Tuned, settings: Settings, data: str, quiet: bool) -> float:
+    (name,) = settings.benchmarks
+    with Bar(f"{name}, {settings.baseline}", 1, quiet=quiet) as bar:
+        result = evaluate_model(
+            tuned.model, tuned.processor, [name], data, limit=settings.limit, baseline=settings.baseline
+        )
+        bar.update(1)
+    return float(result[name]["score"])
