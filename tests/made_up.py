@@ -26,6 +26,9 @@ def comparison() -> dict[str, Any]:
     labels = [*STRATEGIES, *CONTROLS]
     level = [0.88, 0.86, 0.82, 0.87, 0.9, 0.8, 0.7, 0.55, 0.71, 0.5, 0.51]
     rows = [row(draw, *facts) for facts in zip(labels, level, PARAMETERS, strict=True)]
+    for place, one in enumerate(rows):
+        gaps = {other["label"]: one["average"]["mean"] - other["average"]["mean"] for other in rows[place + 1 :]}
+        one["differences"] = {label: {"average": measured(gap)} for label, gap in gaps.items()}
     rows[2]["failed"] = [{"seed": 2, "error": "JobError: loss is not finite at step 31; lower learning_rate"}]
     rows[2]["seeds"] = [0, 1]
     return {
@@ -161,7 +164,7 @@ def analysis(draw: random.Random, label: str, layers: int = 7) -> dict[str, Any]
 
     def spread(step: int) -> dict[str, float | None]:
         variance = fall * 10 ** (-3 - step / 60) * draw.uniform(0.8, 1.2)
-        return {"variance": variance, "noise": None if step == 112 else 40 * variance, "norm": variance**0.5}
+        return {"variance": variance, "share": fall, "noise": None, "norm": variance**0.5}
 
     def gain(name: str) -> dict[str, Any]:
         block, trained = int(name.split(".")[2]), "norms" in parts

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from normtune.reporting import Block, Bullets, Figure, Heading, Table, Text, plots
+from normtune.reporting import Block, Bullets, Cell, Figure, Heading, Table, Text, plots
 from normtune.reporting.numbers import score
 from normtune.reporting.palette import assign
 from normtune.reporting.plots import Mark, Series
@@ -26,8 +26,9 @@ ROLES = {
     "qk": "QK norms",
     "vision": "norms of the vision encoder",
 }
-GRADIENTS = {"variance": "gradient variance", "noise": "noise scale"}
-IMAGES = {"none": "with its image", "shuffled": "with another image", "blind": "without an image"}
+MEASURES = {"cosine": "mean cosine similarity", "cka": "linear CKA"}
+GRADIENTS = {"variance": "gradient variance", "share": "share of noise"}
+IMAGES = {"shuffled": "with another image", "blind": "without an image"}
 
 
 def analysis_blocks(documents: Documents, colors: Colors | None = None) -> list[Block]:
@@ -38,27 +39,28 @@ def analysis_blocks(documents: Documents, colors: Colors | None = None) -> list[
 
 
 def similarity_blocks(documents: Documents, colors: Colors) -> list[Block]:
-    """Cosine and CKA of all pairs of layers, a matrix per label, image and text tokens apart; means, effective rank and
-    losses beside them, as controls for overfitting."""
+    """Means, effective rank and losses (controls for overfitting), then cosine and CKA of all pairs of layers, a matrix
+    per label, image and text tokens apart."""
     blocks: list[Block] = []
     for tokens, title in TOKENS.items():
         found = {label: one["similarity"][tokens] for label, one in documents.items() if _similar(one, tokens)}
-        for measure, name in (("cosine", "mean cosine similarity"), ("cka", "linear CKA")) if found else ():
+        for measure, name in MEASURES.items() if found else ():
             low = min(0.0, *(v for one in found.values() for row in one[measure] for v in row if v is not None))
             panels = [
                 plots.heatmap(one[measure], title=label, low=low, high=1.0, x="layer") for label, one in found.items()
             ]
-            blocks.append(
-                Figure(
-                    panels,
-                    f"Pairs of layers, {title}: {name} on held-out samples; layer 0 is the input of block 0.",
-                    scale=(f"{low:.2g}", "1", name),
-                    size="small",
-                )
-            )
+            blocks.append(Heading(f"{name}, {title}".capitalize(), 3))
+            blocks.append(Figure(panels, scale=(f"{low:.2g}", "1", f"{name} of two layers"), size="small"))
     if not blocks:
         return []
-    return [Heading("Similarity of layers"), *blocks, *_similarity_table(documents), *_rank_figure(documents, colors)]
+    intro = "Of each pair of layers, on held-out samples; layer 0 is the input of the first block."
+    return [
+        Heading("Similarity of layers"),
+        Text(intro),
+        *_similarity_table(documents),
+        *_rank_figure(documents, colors),
+        *blocks,
+    ]
 
 
 def _similar(document: Mapping[str, Any], tokens: str) -> bool:
@@ -98,7 +100,7 @@ def _rank_figure(documents: Documents, colors: Colors) -> list[Block]:
 
 
 def gradient_blocks(documents: Documents, colors: Colors) -> list[Block]:
-    """Variance of the gradients and noise scale over steps, a panel per part, and per norm over depth at the end."""
+    """Variance of the gradients and their share of noise over steps, a panel per part; per norm over depth at the end."""
     first = next((one["gradients"] for one in documents.values() if _checkpoints(one)), None)
     if first is None:
         return []
@@ -195,13 +197,15 @@ def image_blocks(documents: Documents, colors: Colors) -> list[Block]:
     if not found:
         return []
     names = list(dict.fromkeys(bench for one in found.values() for scores in one.values() for bench in scores))
-    rows = [
-        [f"{label}, {title}", *(score(one[key].get(name)) for name in names)]
-        for label, one in found.items()
-        for key, title in IMAGES.items()
-        if key in one
-    ]
-    return [Heading("What the image contributes"), Table(["", *names], rows)]
+    rows: list[list[str | Cell]] = []
+    for label, one in found.items():
+        cells: list[str | Cell] = []
+        for name in names:
+            others = [score(one[key].get(name)) for key in IMAGES if key in one]
+            cells.append(Cell(score((one.get("none") or {}).get(name)), " / ".join(others)))
+        rows.append([label, *cells])
+    caption = f"Scores with the right image; small: {' / '.join(IMAGES.values())}."
+    return [Heading("What the image contributes"), Table(["", *names], rows, caption)]
 
 
 def note_blocks(documents: Documents, colors: Colors) -> list[Block]:

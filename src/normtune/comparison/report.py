@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from normtune.analysis.figures import analysis_blocks
-from normtune.comparison.figures import Row, color_of, cost_figure, curve_figures, score_figure, search_figure
+from normtune.comparison.figures import (
+    MOST_ROWS,
+    Row,
+    color_of,
+    cost_figure,
+    curve_figures,
+    score_figure,
+    search_figure,
+)
 from normtune.reporting import Block, Bullets, Card, Cell, Code, Details, Document, Heading, Note, Table, Text
 from normtune.reporting.numbers import (
     human_bytes,
@@ -46,8 +54,8 @@ def report_of(document: Mapping[str, Any]) -> Document:
     blocks = [
         *setting(document),
         *findings(document),
-        *scores(document, colors),
         *curves(document),
+        *scores(document, colors),
         *costs(document, colors),
         *search(document, colors),
         *analysis_blocks(document["analysis"], known(document["analysis"], colors)),
@@ -66,11 +74,14 @@ def known(labels: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, str
 def setting(document: Mapping[str, Any]) -> list[Block]:
     """What was compared, on what, how often."""
     seeds, questions = document["seeds"], document["questions"]
-    rows = [row for row in document["rows"] if row["baseline"] == "none"]
+    rows = [row for row in document["rows"] if row["baseline"] == "none" and not row["control"]]
+    compared = [row["label"] for row in rows]
+    if document["curves"] and len(rows) > MOST_ROWS:
+        compared = [curve["name"] for curve in document["curves"]]
     asked = ", ".join(f"{name} ({questions.get(name, 0):,})" for name in document["benchmarks"])
     facts = [
-        ["compared", ", ".join(row["label"] for row in rows if not row["control"])],
-        ["controls", ", ".join(row["label"] for row in document["rows"] if row["control"])],
+        ["compared", ", ".join(compared)],
+        ["controls", "; ".join(row["label"] for row in document["rows"] if row["control"])],
         ["seeds", ", ".join(map(str, seeds))],
         ["asked", f"{SPLITS.get(document['asked_on'], document['asked_on'])}: {asked}"],
         ["stage 1", "once, the same for every row; then the same batches in the same order"],
@@ -106,12 +117,12 @@ def scores(document: Mapping[str, Any], colors: Mapping[str, str]) -> list[Block
     rows, winners = document["rows"], document["winners"]
     references = [name for name in ("lora", "full") if any(name in (row["relative"] or {}) for row in rows)]
     text = any(row["text"] for row in rows)
-    header = ["", *document["benchmarks"], "average", *(f"to {name}" for name in references)]
+    header = ["", "average", *document["benchmarks"], *(f"to {name}" for name in references)]
     cells = [
         [
             row["label"],
-            *(scored(row, row["scores"].get(name), winners.get(name)) for name in document["benchmarks"]),
             scored(row, row["average"], winners.get("average")),
+            *(scored(row, row["scores"].get(name), winners.get(name)) for name in document["benchmarks"]),
             *(relative(row, name) for name in references),
             *([forgotten(row)] if text else []),
         ]
@@ -126,7 +137,8 @@ def scores(document: Mapping[str, Any], colors: Mapping[str, str]) -> list[Block
     if text:
         note += " Text: questions without an image, and the change against the untuned LLM."
     table = Table([*header, *(["text"] if text else [])], cells, note, groups=controls_from(rows))
-    return [Heading("Scores"), table, *score_figure(document, colors), *benchmark_details(document)]
+    folded = [*differences(rows), *benchmark_details(document)]
+    return [Heading("Scores"), table, *score_figure(document, colors), *folded]
 
 
 def controls_from(rows: Sequence[Row]) -> dict[int, str]:
@@ -159,6 +171,30 @@ def forgotten(row: Row) -> Cell:
     if not text:
         return Cell("–")
     return Cell(score(text["after"]), "" if text["change"] is None else f"{text['change']:+.3f}")
+
+
+def differences(rows: Sequence[Row]) -> list[Block]:
+    """Paired differences of the average between all rows, folded: who is told from whom."""
+    found: dict[tuple[str, str], tuple[float, float, float]] = {}  # (row, column) -> mean, low, high
+    for row in rows:
+        for other, parts in (row.get("differences") or {}).items():
+            if parts.get("average"):
+                mean, (low, high) = parts["average"]["mean"], parts["average"]["interval"]
+                found[row["label"], other] = mean, low, high
+                found[other, row["label"]] = -mean, -high, -low
+    labels = [row["label"] for row in rows if any(row["label"] in pair for pair in found)]
+    if not labels:
+        return []
+    cells = [[one, *(difference(found.get((one, other))) for other in labels)] for one in labels]
+    note = "Row minus column, with its paired 95 % interval; bold where the interval does not hold zero."
+    return [Details("Differences of the average between rows", [Table(["", *labels], cells, note)])]
+
+
+def difference(found: tuple[float, float, float] | None) -> Cell:
+    if found is None:
+        return Cell("–")
+    mean, low, high = found
+    return Cell(f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", "told" if low > 0 or high < 0 else "")
 
 
 def benchmark_details(document: Mapping[str, Any]) -> list[Block]:
@@ -251,9 +287,16 @@ def search(document: Mapping[str, Any], colors: Mapping[str, str]) -> list[Block
 def examples(document: Mapping[str, Any]) -> list[Block]:
     cards: list[Block] = []
     for one in document["examples"]:
-        rows = [[Cell("truth", mark="good"), one["truth"]], *([name, text] for name, text in one["answers"].items())]
+        given: dict[str, list[str]] = {}
+        for label, text in one["answers"].items():
+            given.setdefault(text, []).append(label)
+        rows = [[", ".join(labels), text] for text, labels in given.items()]
         title = one["question"].replace("<image>", "").strip()
-        cards.append(Card(one["image"], title, [Table(["", one["task"]], rows)], alt=f"image of a {one['task']} item"))
+        blocks: list[Block] = [
+            Text(f"{one['task']}; right: {one['truth']}"),
+            Table(["asked", "answer"], rows, stacked=True),
+        ]
+        cards.append(Card(one["image"], title, blocks, alt=f"image of a {one['task']} item"))
     return [Heading("Answers"), *cards] if cards else []
 
 
@@ -280,7 +323,7 @@ def failures(document: Mapping[str, Any]) -> list[Block]:
     rows = [[row["label"], str(one["seed"]), one["error"]] for row in document["rows"] for one in row["failed"]]
     if not rows:
         return []
-    note = f"{len(rows)} failed; their rows rest on the seeds that finished. The same command tries them again."
+    note = "Rows with a failed seed rest on the seeds that finished. The same command tries the failed ones again."
     return [Heading("Failed"), Note(note), Table(["row", "seed", "error"], rows, stacked=True)]
 
 

@@ -14,6 +14,7 @@ MARKS = {
     "tied": "not told from the best by the paired 95 % interval",
     "good": "held",
     "bad": "did not hold",
+    "told": "told apart: the interval does not hold zero",
     "quiet": "beside the point",
 }
 """Kinds of mark that a cell can bear; never by colour alone: `best` is bold with a star, `tied` has a tilde."""

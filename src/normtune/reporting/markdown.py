@@ -77,7 +77,7 @@ def table_cell(cell: str | Cell) -> str:
     if isinstance(cell, str):
         cell = Cell(cell)
     text = escape(cell.text).replace("\n", "<br>")
-    if cell.mark in ("best", "group", "good", "bad"):
+    if cell.mark in ("best", "group", "good", "bad", "told"):
         text = f"**{text}**"
     if cell.mark in SIGNS:
         text = f"{SIGNS[cell.mark]} {text}"

@@ -21,7 +21,10 @@ def score(value: float | None) -> str:
 
 
 def interval(span: Sequence[float] | None) -> str:
-    return f"{score(span[0])} to {score(span[1])}" if span else ""
+    """0.81–0.85; "to" where a minus sign would stand beside the dash."""
+    if not span:
+        return ""
+    return f"{score(span[0])}{'–' if min(span) >= 0 else ' to '}{score(span[1])}"
 
 
 def signed_percent(share: float) -> str:
@@ -33,6 +36,16 @@ def rate(value: float) -> str:
     """A learning rate, as short as it goes: 0.001 -> 1e-3, 0.00316 -> 3.16e-3."""
     digits, power = f"{value:.2e}".split("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+
+
+def tick(value: float) -> str:
+    """A number beside an axis, short: 1e-3, 0.5, 20, 1,000, 20k, 5M."""
+    if value and abs(value) < 0.01:
+        return rate(value)
+    for size, sign in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if sign == 'k' else size):g}{sign}"
+    return f"{value:,.6g}"
 
 
 def human_count(count: float) -> str:

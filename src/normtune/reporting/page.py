@@ -52,7 +52,7 @@ class Page:
             case Bullets(items):
                 return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
             case Code(text):
-                return f"<pre tabindex='0'>{escape(text)}</pre>"
+                return f"<pre>{escape(text)}</pre>"
             case Details(summary, blocks):
                 return f"<details><summary>{escape(summary)}</summary>{self.blocks(blocks)}</details>"
             case Card():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from normtune.reporting.drawing import COLORS, SIZE, WIDTH, plot
-from normtune.reporting.numbers import rate, score
+from normtune.reporting.numbers import score, tick
 from normtune.reporting.palette import LEVELS, MARKERS
 
 Span = Sequence[float]  # [low, high]
@@ -236,7 +236,7 @@ def _few_ticks(axis: Any, count: int) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_major_locator(MaxNLocator(count, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
 
 def _log_ticks(axis: Any, values: Sequence[float], zero: float | None = None) -> None:
@@ -247,23 +247,13 @@ def _log_ticks(axis: Any, values: Sequence[float], zero: float | None = None) ->
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     step = max(1, math.ceil((last - first) / 6))
     ticks = [10.0**power for power in range(first, last + 1, step)]
-    if last - first <= 1:
+    if high < 100 * low:
         ticks = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]
     if zero is not None:
         ticks = [zero, *(tick for tick in ticks if tick > zero * 2)]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == zero else _short(value)))
-
-
-def _short(value: float) -> str:
-    """A tick of a logarithmic axis: 1e-3, 0.5, 20, 10k, 5M."""
-    if value < 0.01:
-        return rate(value)
-    for size, sign in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= size:
-            return f"{value / (1e3 if sign == 'k' else size):g}{sign}"
-    return f"{value:g}"
+    axis.set_major_formatter(FuncFormatter(lambda value, _: "0" if value == zero else tick(value)))
 
 
 def _place_labels(axes: Any, wanted: Sequence[tuple[float, float, str]]) -> None:

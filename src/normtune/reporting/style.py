@@ -27,7 +27,7 @@ RULES = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; color: var(--ink);
-  background: var(--paper); margin: 0 auto; max-width: 74rem; padding: 1rem clamp(1rem, 3vw, 2rem) 4rem;
+  background: var(--paper); margin: 0 auto; max-width: 78rem; padding: 1rem clamp(1rem, 3vw, 2rem) 4rem;
   overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 .5rem; text-wrap: balance; }
 h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
@@ -42,7 +42,7 @@ nav a { padding: .15rem 0; }
 
 .wide { overflow-x: auto; max-width: 100%; margin: .8rem 0 .2rem; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .38rem .7rem; text-align: left; vertical-align: top; }
+th, td { border-bottom: 1px solid var(--line); padding: .38rem .6rem; text-align: left; vertical-align: top; }
 thead th { color: var(--muted); font-weight: 600; font-size: .85rem; vertical-align: bottom;
   border-bottom: 2px solid var(--line); }
 th[scope=row] { font-weight: 500; position: sticky; left: 0; background: var(--paper); min-width: 7rem;
@@ -52,13 +52,14 @@ thead th:first-child { position: sticky; left: 0; background: var(--paper); padd
 td small { display: block; color: var(--muted); font-size: .78rem; white-space: nowrap; }
 .group th { padding: 1rem .1rem .3rem; color: var(--muted); font-size: .85rem; font-weight: 600; }
 .group span { position: sticky; left: 0; }
-.best { font-weight: 700; color: var(--good); } .good { font-weight: 600; color: var(--good); }
+.best { font-weight: 700; color: var(--good); } .told { font-weight: 700; }
+.good { font-weight: 600; color: var(--good); }
 .bad { font-weight: 600; color: var(--bad); } td .quiet { background: none; color: var(--muted); }
 
 figure { margin: 1rem 0 1.6rem; }
 .panels { display: grid; gap: 1.1rem 1.4rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
-.small-panels { grid-template-columns: repeat(auto-fill, minmax(min(45%, 10rem), 1fr)); gap: .8rem; }
-.wide-panels { grid-template-columns: 1fr; } .wide-panels svg { max-width: 44rem; }
+.small-panels { grid-template-columns: repeat(auto-fill, minmax(min(45%, 8.6rem), 1fr)); gap: .8rem; }
+.wide-panels { grid-template-columns: 1fr; } .wide-panels svg { max-width: 31rem; }
 svg { display: block; width: 100%; height: auto; max-width: 27rem; overflow: visible; font-family: inherit; }
 .small-panels svg { max-width: 15rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: .6rem 0 0; font-size: .88rem; }
@@ -67,11 +68,12 @@ svg { display: block; width: 100%; height: auto; max-width: 27rem; overflow: vis
 .scale i { width: 9rem; height: .8rem; border: 1px solid var(--line); } .scale span { color: var(--muted); }
 
 .card { display: flex; flex-wrap: wrap; gap: 1rem; border-top: 1px solid var(--line); padding: 1rem 0; }
+h2 + .card { border-top: 0; padding-top: .4rem; }
 .card img { width: 12rem; max-width: 100%; align-self: flex-start; border-radius: 4px; image-rendering: auto; }
 .card > div { flex: 1 1 17rem; min-width: 0; } .card h3 { margin: 0 0 .4rem; white-space: pre-line; }
 .card .wide { margin-top: 0; } .card td { overflow-wrap: anywhere; min-width: 9rem; }
-pre { overflow-x: auto; background: var(--raised); border-radius: 4px; padding: .7rem .9rem; font-size: .86rem;
-  line-height: 1.45; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--raised); border-radius: 4px;
+  padding: .7rem .9rem; font-size: .86rem; line-height: 1.45; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); font-size: .92rem; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 
@@ -82,6 +84,9 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); fo
   .stacked th, .stacked td { border: 0; padding: .12rem 0; text-align: left; white-space: normal; position: static; }
   .stacked th[scope=row] { font-weight: 600; }
   .stacked td[data-column]::before { content: attr(data-column) ": "; color: var(--muted); }
+  th[scope=row] { min-width: 5.5rem; max-width: 7.4rem; overflow-wrap: anywhere; }
+  th, td { padding-left: .4rem; padding-right: .5rem; }
+  .stacked th[scope=row] { max-width: none; }
   .card img { width: 9rem; }
 }
 @media print { body { max-width: none; } details { display: block; } nav { display: none; } }
