@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from normtune.reporting.numbers import human_bytes
+from normtune.reporting.numbers import human_bytes, signed_percent
 
 Verdict = Literal["held", "did not hold", "not testable here"]
 Report = Mapping[str, Any]
@@ -53,7 +53,8 @@ def beats_lora(report: Report) -> Found:
     if relative is None:
         return OPEN, "lora scores 0 in every task, so there is no ratio"
     low, high = relative["interval"]
-    here = f"average of the tasks relative to lora {percent(relative['mean'])} ({percent(low)} to {percent(high)})"
+    span = f"{signed_percent(low)} to {signed_percent(high)}"
+    here = f"average of the tasks relative to lora {signed_percent(relative['mean'])} ({span})"
     return told(low, high, SMALL), here
 
 
@@ -79,7 +80,10 @@ def cheaper(report: Report, key: str, what: str) -> Found:
         return lacking("layernorm and lora")
     ours, theirs = (cost[key] for cost in costs)
     text = [human_bytes(size) if key.endswith("bytes") else f"{size:,}" for size in (ours, theirs)]
-    return HELD if ours < theirs else FAILED, f"{what} {text[0]} against {text[1]} ({percent(ours / theirs - 1)})"
+    return (
+        HELD if ours < theirs else FAILED,
+        f"{what} {text[0]} against {text[1]} ({signed_percent(ours / theirs - 1)})",
+    )
 
 
 def fits_one_gpu(report: Report) -> Found:
@@ -240,10 +244,6 @@ def together(verdicts: Sequence[Verdict]) -> Verdict:
 
 def shown(one: str, other: str, found: tuple[float, float, float]) -> str:
     return f"{one} against {other} {100 * found[0]:+.1f} points ({100 * found[1]:+.1f} to {100 * found[2]:+.1f})"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:+.1f} %"
 
 
 def number(figures: Mapping[str, Any], name: str) -> str:
