@@ -35,17 +35,19 @@ def image_contribution(
     scores: Scores = {baseline: {} for baseline in BASELINES}
     questions: dict[str, int] = {}
     notes: list[str] = []
-    for name in dict.fromkeys(section.benchmarks):
-        if not any(ask(Settings((name,), 1), section.data)[0].images):
-            continue
-        try:
-            chosen = choose(name, section, limit, stored)
-        except InputError as error:
-            notes.append(f"{name}: not asked: {str(error).splitlines()[0]}")
-            continue
-        for baseline, (size, known, settings) in chosen.items():
-            questions[name] = size
-            scores[baseline][name] = ask_it(tuned, settings, section.data, quiet) if known is None else known
+    names = list(dict.fromkeys(section.benchmarks))
+    with Bar("scores with and without the image", len(names), quiet=quiet) as bar:
+        for number, name in enumerate(names, 1):
+            if any(ask(Settings((name,), 1), section.data)[0].images):
+                try:
+                    chosen = choose(name, section, limit, stored)
+                except InputError as error:  # too few images to exchange them
+                    notes.append(f"{name}: not asked: {str(error).splitlines()[0]}")
+                    continue
+                for baseline, (size, known, settings) in chosen.items():
+                    questions[name] = size
+                    scores[baseline][name] = ask_it(tuned, settings, section.data) if known is None else known
+            bar.update(number)
     return (scores if questions else None), questions, notes
 
 
@@ -81,11 +83,9 @@ def stored_scores(folder: Path, tuned: Tuned) -> Stored:
     return found
 
 
-def ask_it(tuned: Tuned, settings: Settings, data: str, quiet: bool) -> float:
+def ask_it(tuned: Tuned, settings: Settings, data: str) -> float:
     (name,) = settings.benchmarks
-    with Bar(f"{name}, {settings.baseline}", 1, quiet=quiet) as bar:
-        result = evaluate_model(
-            tuned.model, tuned.processor, [name], data, limit=settings.limit, baseline=settings.baseline
-        )
-        bar.update(1)
+    result = evaluate_model(
+        tuned.model, tuned.processor, [name], data, limit=settings.limit, baseline=settings.baseline
+    )
     return float(result[name]["score"])
