@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from normtune.analysis.figures import analysis_blocks
-from normtune.reporting import Block, Bullets, Code, Document, Heading, Note, Table, Text
+from normtune.reporting import Block, Code, Document, Heading, Note, Table, Text
 
 Documents = Mapping[str, Mapping[str, Any]]
 
@@ -52,14 +52,13 @@ def report(documents: Documents, command: str) -> Document:
 
 
 def setting(documents: Documents) -> list[Block]:
-    """What was analyzed, and what was found missing on the way."""
+    """What was analyzed."""
     rows = []
     for label, one in documents.items():
         seed, measured = one.get("seed"), one.get("gradients") or {}
         stream = measured.get("stream", "")
         rows.append([label, str(one["strategy"]), "" if seed is None else str(seed), str(one["samples"]), stream])
     header = ["run", "strategy", "seed", "held-out samples", "gradient batches"]
-    notes = [f"{label}: {note}" for label, one in documents.items() for note in one.get("notes") or ()]
     sources = sorted({str(one.get("held_out")) for one in documents.values()})
     streams = {row[-1] for row in rows if row[-1]}
     blocks: list[Block] = [
@@ -69,7 +68,7 @@ def setting(documents: Documents) -> list[Block]:
     if len(streams) > 1:
         text = "Gradients were measured on different batches (other data, batch size or length): they do not compare."
         blocks.append(Note(text))
-    return [*blocks, Bullets(notes)] if notes else blocks
+    return blocks
 
 
 def name_of(model: Mapping[str, Any]) -> str:
