@@ -17,10 +17,11 @@ RANKS = {
     "errors": -1,
     "layers": -1,
     **dict.fromkeys(("recipe", "structure", "chat", "kernels", "tasks", "runlog", "progress", "images"), 0),
+    "reporting": 0,
     **dict.fromkeys(("data", "encoders", "model", "pretrained", "probes", "processors", "templates", "skeletons"), 1),
     "strategy": 2,
     **dict.fromkeys(("adapter", "step", "tuned", "checkpoint", "accounting", "features", "flops", "memory"), 3),
-    **dict.fromkeys(("training", "evaluation", "world"), 4),
+    **dict.fromkeys(("training", "evaluation", "analysis", "comparison", "world"), 4),
     **dict.fromkeys(("cli", "__init__"), 5),
     "__main__": 6,
 }
@@ -37,6 +38,8 @@ WITHIN = {
     "step": {"features", "flops"},
     "features": {"tuned"},
     "memory": {"step", "flops", "accounting"},
+    "analysis": {"evaluation"},
+    "comparison": {"training", "evaluation", "analysis"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -101,7 +104,7 @@ def test_import_and_help_need_no_torch() -> None:
 def test_every_public_name_exists() -> None:
     import normtune
 
-    assert set(normtune._HOMES) | {"train", "evaluate", "plan"} == set(normtune.__all__)
+    assert set(normtune._HOMES) | {"train", "evaluate", "plan", "compare", "analyze"} == set(normtune.__all__)
     for name in normtune.__all__:
         assert callable(getattr(normtune, name))
 

@@ -44,10 +44,12 @@ __all__ = [
     "InputError",
     "JobError",
     "Report",
+    "analyze",
     "anatomy",
     "apply",
     "assemble",
     "check_step_size",
+    "compare",
     "evaluate",
     "export_peft",
     "formula",
@@ -101,6 +103,36 @@ def train(recipe: Any, **options: Any) -> Any:
     own = {key: options.pop(key) for key in ("out", "resume", "quiet", "evaluate") if key in options}
     located = resolve(load_recipe(recipe, override_texts(options)))
     return run(located, **{"evaluate": during_training(located), **own})
+
+
+def compare(recipe: Any, *, out: Any = None, engine: str = "local", **options: Any) -> Any:
+    """Strategies, kinds of data or a sweep through one training and evaluation; as `normtune.comparison.compare`.
+
+    Options are those of `normtune.comparison.Request` (strategies, kinds, equal, sweep, seeds, learning_rates, ...);
+    other keys are recipe overrides. It starts processes: a script calls it under `if __name__ == "__main__":`.
+    """
+    import dataclasses
+    from pathlib import Path
+
+    from normtune.comparison import Request
+    from normtune.comparison import compare as run
+    from normtune.recipe import load_recipe, override_texts
+    from normtune.world import resolve, resolve_path
+
+    known = {field.name for field in dataclasses.fields(Request)}
+    asked = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items() if key in known}
+    source = load_recipe(recipe, override_texts({key: value for key, value in options.items() if key not in known}))
+    asked["encoders"] = tuple(map(resolve_path, asked.get("encoders", ())))
+    request = Request(**{"seeds": (source.seed,), **asked})  # type: ignore[arg-type]
+    folder = Path(out) if out else None
+    return run(resolve(source), request, folder, engine=engine, source=source)  # type: ignore[arg-type]
+
+
+def analyze(run: Any, **options: Any) -> Any:
+    """What changed inside a tuned model; options and result as in `normtune.analysis.analyze_run`."""
+    from normtune.analysis import analyze_run
+
+    return analyze_run(run, **options)
 
 
 def plan(recipe: Any, **overrides: Any) -> Any:

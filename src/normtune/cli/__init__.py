@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import normtune
-from normtune.cli import chat, demo, evaluate, export, init, norms, plan, score, train
+from normtune.cli import analyze, chat, compare, demo, evaluate, export, init, norms, plan, score, train
 from normtune.errors import NormtuneError
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("score")(score.score)
+app.command("compare")(compare.compare)
+app.command("analyze")(analyze.analyze)
 app.command("norms")(norms.norms)
 app.command("plan")(plan.plan)
 app.command("chat")(chat.chat)

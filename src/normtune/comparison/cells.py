@@ -1,0 +1,132 @@
+"""A cell of a comparison: one training from one start, and the questions that its end is asked.
+
+Scope: the record of a cell, and doing it in this process. What a cell has finished is on disk and is not done again.
+Not here: which cells there are (`running`), in which processes they run (`engines`), what a training cost (`costs`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normtune.analysis import analyze_run
+from normtune.comparison.costs import costs
+from normtune.evaluation import Settings, ask, evaluate_into, identity, stored_features
+from normtune.progress import Bar
+from normtune.recipe import Recipe, recipe_hash
+from normtune.runlog import Run, read_json, write_json
+from normtune.training import train
+from normtune.tuned import Tuned, build, open_tuned, place
+
+FORMAT = 1
+BATCH = 128  # questions answered together
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Questions for the end of a training: the result's `name` in the run's `evaluations`, and the files' folder."""
+
+    name: str
+    settings: Settings
+    data: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A training with its exams, in a run folder; where `trains` is false the recipe's model as it comes.
+
+    Attributes:
+        title: what people read.
+        analyzed: also measure what `normtune analyze` shows.
+    """
+
+    title: str
+    folder: Path
+    recipe: Recipe
+    exams: tuple[Exam, ...] = ()
+    trains: bool = True
+    analyzed: bool = False
+
+    @property
+    def record(self) -> Path:
+        """What the training cost."""
+        return self.folder / "cell.json"
+
+    @property
+    def analysis(self) -> Path:
+        return self.folder / "analysis.json"
+
+    def result(self, exam: str) -> Path:
+        """The result of an exam, written when its last question is answered."""
+        return self.folder / "evaluations" / f"{exam}.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of it is on disk."""
+        wanted = [self.result(exam.name) for exam in self.exams]
+        wanted += [self.record] if self.trains else []
+        wanted += [self.analysis] if self.analyzed else []
+        return all(path.is_file() for path in wanted)
+
+    def cost(self) -> dict[str, Any] | None:
+        """What its training cost, as `costs` says; None where nothing is trained."""
+        return read_json(self.record, "record of a cell")["trained"] if self.trains else None
+
+
+def do(cell: Cell) -> None:
+    """Whatever of the cell is not on disk yet, in this process.
+
+    Raises:
+        InputError, JobError, Interrupted: as `train`, `evaluate_into` and `analyze_run`.
+    """
+    if cell.recipe.threads:
+        torch.set_num_threads(cell.recipe.threads)
+    tuned = None
+    if cell.trains and not cell.record.is_file():
+        tuned = do_training(cell)
+    todo = [exam for exam in cell.exams if not cell.result(exam.name).is_file()]
+    if todo:
+        if tuned is None:
+            tuned = open_tuned(cell.folder) if cell.trains else Tuned(*build(cell.recipe.model, cell.recipe.seed))
+            place(tuned.model, cell.recipe.device)
+        for exam in todo:
+            do_exam(cell, exam, tuned)
+    if cell.analyzed and not cell.analysis.is_file():
+        write_json(cell.analysis, analyze_run(cell.folder))
+
+
+def do_training(cell: Cell) -> Tuned:
+    """Trains, or goes on with an interrupted training, and writes down what it cost."""
+    trained = train(cell.recipe, out=cell.folder, resume=Run(cell.folder).recipe.is_file())
+    place(trained.model, cell.recipe.device)
+    found = costs(cell.recipe, trained.folder, trained.model, trained.processor)
+    write_json(cell.record, {"format": FORMAT, "title": cell.title, "trained": found})
+    return Tuned(trained.model, trained.processor, cell.recipe)
+
+
+def do_exam(cell: Cell, exam: Exam, tuned: Tuned) -> None:
+    """Asks the questions of an exam, or those that an interruption left; only its first exam encodes an image."""
+    about = identity(cell.folder.name, recipe_hash(cell.recipe), tuned.record, None)
+    asked = ask(exam.settings, exam.data)
+    store = stored_features(cell.recipe.model, tuned.model, tuned.processor, asked, quiet=False)
+    bars: dict[str, Bar] = {}
+
+    def progress(name: str, done: int, total: int) -> None:
+        if name not in bars:
+            bars[name] = Bar(f"{exam.name} {name}", total)
+        bars[name].update(done)
+
+    evaluate_into(
+        cell.result(exam.name),
+        tuned.model,
+        tuned.processor,
+        exam.settings,
+        exam.data,
+        about=about,
+        batch_size=BATCH,
+        store=store,
+        progress=progress,
+    )

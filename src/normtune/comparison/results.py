@@ -1,0 +1,167 @@
+"""From finished cells to the document of a comparison: rows with scores and costs, curves, examples, provenance.
+
+Scope: what `report.json` holds. Not here: intervals (`statistics`), the paper's claims (`claims`), HTML (`report`).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from normtune.comparison.cells import Cell
+from normtune.comparison.running import BEFORE, EXAM, Part, Place
+from normtune.comparison.statistics import band, load_statistics, summarize
+from normtune.comparison.variants import Variant
+from normtune.evaluation.journal import read_answers
+from normtune.evaluation.questions import Asked
+from normtune.runlog import read_json
+from normtune.tasks import Item
+
+EXAMPLES = 6
+PIXELS = 320  # largest side of an example's image
+MEASURED = ("step_seconds", "seconds", "peak_bytes")  # that differ from process to process
+BASELINES = {"blind": "no image", "shuffled": "another image"}
+
+
+def rows_of(
+    place: Place, variants: Sequence[Variant], cells: Mapping[str, Mapping[int, Cell]], part: Part
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of the table, those of the baselines at the end, and which row is best at what."""
+    asked = place.questions(part)
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
+    for variant in variants:
+        own = cells[variant.label]
+        found[variant.label] = {s: load_statistics(c.result(EXAM[part]), asked) for s, c in own.items()}
+        rows.append(row_of(place, variant, own))
+    for variant in variants:
+        for baseline in variant.baselines:
+            label = f"{variant.label}, {BASELINES[baseline]}"
+            own = cells[variant.label]
+            found[label] = {s: load_statistics(c.result(baseline), asked) for s, c in own.items()}
+            rows.append({**empty_row(label, variant), "control": True, "baseline": baseline, "seeds": sorted(own)})
+    controls = {row["label"] for row in rows if row["control"]}
+    summary, winners = summarize({label: by for label, by in found.items() if by}, controls=controls)
+    before = text_before(place)
+    for row in rows:
+        row |= summary.get(row["label"], {})
+        after = row["scores"].pop(BEFORE, None)
+        if after is not None:
+            change = None if before is None else after["mean"] - before
+            row["text"] = {"before": before, "after": after["mean"], "interval": after["interval"], "change": change}
+    winners.pop(BEFORE, None)
+    return rows, winners
+
+
+def empty_row(label: str, variant: Variant) -> dict[str, Any]:
+    """A row of which nothing is known yet."""
+    return {
+        "label": label,
+        "factors": variant.factors,
+        "control": variant.control,
+        "baseline": "none",
+        "seeds": [],
+        "failed": [],
+        "learning_rate": None,
+        "scores": {},
+        "average": None,
+        "relative": {},
+        "text": None,
+        "cost": None,
+    }
+
+
+def row_of(place: Place, variant: Variant, cells: Mapping[int, Cell]) -> dict[str, Any]:
+    """A variant's row without its scores."""
+    row = empty_row(variant.label, variant)
+    folders = place.folder / "cells" / variant.folder
+    row["seeds"] = sorted(cells)
+    row["failed"] = [
+        {"seed": int(folder.name.rpartition("-")[2]), "error": error}
+        for folder, error in place.failed.items()
+        if folder.parent == folders
+    ]
+    if variant.trains:
+        row["learning_rate"] = variant.recipe.stages[-1].learning_rate
+        row["cost"] = cost_of([cell.cost() or {} for cell in cells.values()])
+    return row
+
+
+def cost_of(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Of several seeds: counts are those of the first, times and peaks the medians."""
+    if not costs:
+        return None
+    return {**costs[0], **{key: statistics.median(cost[key] for cost in costs) for key in MEASURED}}
+
+
+def text_before(place: Place) -> float | None:
+    """The untuned base's score in the questions without an image."""
+    cell = place.base()
+    if cell is None or not cell.finished:
+        return None
+    return float(read_json(cell.result("test"), "result")["scores"][BEFORE]["score"])
+
+
+def curves_of(rows: Sequence[Mapping[str, Any]], name: str, x: str, tolerance: bool = False) -> list[dict[str, Any]]:
+    """One curve of the average score per value of the factor `name`, over the factor `x`; with `tolerance` the band of
+    `x` in which the score is within 2 % of the best."""
+    found = []
+    for value in dict.fromkeys(row["factors"].get(name) for row in rows if x in row["factors"] and row["average"]):
+        own = [row for row in rows if row["factors"].get(name) == value and x in row["factors"] and row["average"]]
+        own.sort(key=lambda row: row["factors"][x])
+        places, means = [row["factors"][x] for row in own], [row["average"]["mean"] for row in own]
+        curve: dict[str, Any] = {"name": str(value), "x": places, "mean": means}
+        curve["interval"] = [row["average"]["interval"] for row in own]
+        curve["band"] = None
+        if tolerance:
+            low, high, decades = band(places, means)
+            curve["band"] = {"low": low, "high": high, "decades": decades}
+        found.append(curve)
+    return found
+
+
+def examples_of(
+    asked: Sequence[Asked], cells: Mapping[str, Mapping[int, Cell]], exam: str, count: int = EXAMPLES
+) -> list[dict[str, Any]]:
+    """A few questions with every row's answer (its first seed's), benchmarks in turn, those first on which rows
+    differ."""
+    firsts = {label: next(iter(by.values())) for label, by in cells.items() if by}
+    answers = {label: read_answers(cell.result(exam).with_suffix("")) for label, cell in firsts.items()}
+    pools = []
+    for one in asked:
+        pool = [(item, {label: given[one.name][item.id] for label, given in answers.items()}) for item in one.items]
+        pool = [entry for entry in pool if entry[0].image is not None]
+        pool.sort(key=lambda entry: -len(set(entry[1].values())))  # stable: else in the files' order
+        pools.append((one, pool))
+    pools = [entry for entry in pools if entry[1]]
+    shown: list[dict[str, Any]] = []
+    used = set()
+    for number in range(count if pools else 0):
+        one, pool = pools[number % len(pools)]
+        item, given = next(((i, g) for i, g in pool if i.image not in used), pool[0])
+        used.add(item.image)
+        shown.append({**example(one, item), "answers": given})
+    return shown
+
+
+def example(asked: Asked, item: Item) -> dict[str, Any]:
+    truth = asked.task.truth(item)
+    text = str(truth[0]) if isinstance(truth, list | tuple) else str(truth)
+    return {"image": thumbnail(item), "task": asked.name, "question": item.question, "truth": text}
+
+
+def thumbnail(item: Item) -> str:
+    """The image as a data URI: PNG where it is small, else JPEG."""
+    assert item.image is not None
+    with Image.open(item.image) as opened:
+        picture = opened.convert("RGB")
+    kind = "PNG" if max(picture.size) <= 128 else "JPEG"
+    picture.thumbnail((PIXELS, PIXELS))
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
