@@ -410,6 +410,7 @@ def test_sweep_of_stage_1(kinds: Recipe) -> None:
     assert all(row.recipe.start_from is None and not row.control for row in rows.values())
     assert {row.factors["strategy"] for row in rows.values() if not row.trains} == {"none"}
     assert {row.factors["strategy"] for row in align_sweep(recipe, [])} == {"layernorm", "none"}
+    assert {row.factors["align_steps"] for row in align_sweep(recipe, [], [0.01])} == {1}  # short is not none
 
 
 @pytest.mark.parametrize("fractions", [[], [-0.5]])

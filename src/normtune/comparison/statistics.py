@@ -134,11 +134,8 @@ def estimates_of(cells: Mapping[str, Results], resamples: int) -> dict[str, dict
 
 def resampled_alike(results: Sequence[Statistics], resamples: int, seed: int) -> list[np.ndarray]:
     """Sums over the same drawn units for each of the results: [resamples, K] each."""
-    if not results:
-        return []
-    sums = [aligned(own, results[0]) for own in results]
-    totals = resampled(results[0], np.concatenate(sums, axis=1), resamples, seed)
-    return np.split(totals, np.cumsum([own.shape[1] for own in sums])[:-1], axis=1)
+    # the same generator anew for each: side by side in one array they would be large (VQAv2: 40,000 images)
+    return [resampled(results[0], aligned(own, results[0]), resamples, seed) for own in results]
 
 
 def seed_weights(seeds: Mapping[str, Sequence[int]], resamples: int) -> dict[str, np.ndarray]:

@@ -72,7 +72,7 @@ def align_sweep(recipe: Recipe, strategies: Iterable[str], fractions: Sequence[f
     chosen = parse_strategies(names or [label_of(recipe.stages[-1].strategy)])
     _, whole = steps_of(recipe.stages[0], Mixture(recipe.stages[0].data))
     rows = []
-    for steps in sorted({round(fraction * whole) for fraction in fractions}):
+    for steps in sorted({max(round(fraction * whole), int(fraction > 0)) for fraction in fractions}):
         changed = with_stage1(recipe, steps)
         where = f"stage 1 of {steps} steps" if steps else "no stage 1"
         for strategy in chosen:
