@@ -26,7 +26,7 @@ ROLES = {
     "qk": "QK norms",
     "vision": "norms of the vision encoder",
 }
-MEASURES = {"cosine": "mean cosine similarity", "cka": "linear CKA"}
+MEASURES = {"cosine": "Mean cosine similarity", "cka": "Linear CKA"}
 GRADIENTS = {"variance": "gradient variance", "share": "share of noise"}
 IMAGES = {"shuffled": "with another image", "blind": "without an image"}
 
@@ -49,8 +49,8 @@ def similarity_blocks(documents: Documents, colors: Colors) -> list[Block]:
             panels = [
                 plots.heatmap(one[measure], title=label, low=low, high=1.0, x="layer") for label, one in found.items()
             ]
-            blocks.append(Heading(f"{name}, {title}".capitalize(), 3))
-            blocks.append(Figure(panels, scale=(f"{low:.2g}", "1", f"{name} of two layers"), size="small"))
+            blocks.append(Heading(f"{name}, {title}", 3))
+            blocks.append(Figure(panels, scale=(f"{low:.2g}", "1", "of two layers"), size="small"))
     if not blocks:
         return []
     intro = "Of each pair of layers, on held-out samples; layer 0 is the input of the first block."
@@ -96,11 +96,11 @@ def _rank_figure(documents: Documents, colors: Colors) -> list[Block]:
         if series:
             panels.append(plots.lines(series, title=f"Effective rank, {title}", x="layer"))
     caption = "Effective rank of each layer's representations: low similarity alone is not expressive power."
-    return [Figure(panels, caption, legend=_legend(documents, colors))] if panels else []
+    return [Figure(panels, caption, legend=_legend(documents, colors, panels))] if panels else []
 
 
 def gradient_blocks(documents: Documents, colors: Colors) -> list[Block]:
-    """Variance of the gradients and their share of noise over steps, a panel per part; per norm over depth at the end."""
+    """Variance of the gradients and their share of noise: over steps, a panel per part; over depth, norm by norm."""
     first = next((one["gradients"] for one in documents.values() if _checkpoints(one)), None)
     if first is None:
         return []
@@ -109,7 +109,6 @@ def gradient_blocks(documents: Documents, colors: Colors) -> list[Block]:
         Heading("Variance of gradients"),
         Text(f"From {size}, at the same steps for every label. {first.get('formula', '')}".strip()),
     ]
-    legend = _legend(documents, colors)
     for key, meaning in GRADIENTS.items():
         panels = [
             plots.lines(series, title=part, x="step", y=meaning, log_y=_positive(series))
@@ -122,9 +121,9 @@ def gradient_blocks(documents: Documents, colors: Colors) -> list[Block]:
 
         depth = _over_depth(documents, colors, last, meaning)
         caption = f"{meaning.capitalize()} per part of the model over training."
-        blocks += [Figure(panels, caption, legend=legend)] if panels else []
+        blocks += [Figure(panels, caption, legend=_legend(documents, colors, panels))] if panels else []
         caption = f"{meaning.capitalize()} of each norm over depth, at the last checkpoint."
-        blocks += [Figure(depth, caption, legend=legend)] if depth else []
+        blocks += [Figure(depth, caption, legend=_legend(documents, colors, depth))] if depth else []
     return blocks
 
 
@@ -161,7 +160,7 @@ def gain_blocks(documents: Documents, colors: Colors) -> list[Block]:
 
         panels = _over_depth(documents, colors, value, title)
         if panels:
-            blocks.append(Figure(panels, f"{meaning}.", legend=_legend(documents, colors)))
+            blocks.append(Figure(panels, f"{meaning}.", legend=_legend(documents, colors, panels)))
     return [Heading("Gain maps"), *blocks] if blocks else []
 
 
@@ -218,8 +217,11 @@ def note_blocks(documents: Documents, colors: Colors) -> list[Block]:
     return [Heading("Notes on the analysis", 3), Bullets(told)] if told else []
 
 
-def _legend(documents: Documents, colors: Colors) -> list[tuple[str, str]]:
-    return [(label, colors[label]) for label in documents] if len(documents) > 1 else []
+def _legend(documents: Documents, colors: Colors, panels: Sequence[str]) -> list[tuple[str, str]]:
+    """The labels that are drawn in the panels, where there is more than one run."""
+    drawn = "".join(panels)
+    shown = [(label, colors[label]) for label in documents if f"var(--{colors[label]})" in drawn]
+    return shown if len(documents) > 1 else []
 
 
 def _positive(series: Sequence[Series]) -> bool:

@@ -107,6 +107,7 @@ def clean(svg: str, label: str) -> str:
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
     body = re.sub(r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", body)
     body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"-?\d+\.\d{2,}", _short, tag[0]), body)
+    body = body.replace('style="fill: var(--h', 'shape-rendering="crispEdges" style="fill: var(--h')  # no hairlines
     body = re.sub(r"\s+", " ", body).replace("> <", "><").replace("<defs></defs>", "")
     width, height = box[1].split()[2:]
     return (

@@ -126,7 +126,7 @@ def lines(
     if shade:
         axes.axvspan(*shade, color=COLORS["accent"], alpha=0.14, linewidth=0)
     for one in series:
-        mark = MARKERS[one.color][0] if marked else ""
+        mark = MARKERS[one.color][0] if marked else None
         axes.plot(one.x, one.y, color=COLORS[one.color], marker=mark, markeredgewidth=0)
         for place, span in zip(one.x, one.intervals or (), strict=False):
             axes.plot([place, place], span, color=COLORS[one.color], linewidth=1.3, alpha=0.6)

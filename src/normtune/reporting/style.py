@@ -84,7 +84,7 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); fo
   .stacked th, .stacked td { border: 0; padding: .12rem 0; text-align: left; white-space: normal; position: static; }
   .stacked th[scope=row] { font-weight: 600; }
   .stacked td[data-column]::before { content: attr(data-column) ": "; color: var(--muted); }
-  th[scope=row] { min-width: 5.5rem; max-width: 7.4rem; overflow-wrap: anywhere; }
+  th[scope=row] { min-width: 6.6rem; max-width: 7.6rem; overflow-wrap: anywhere; }
   th, td { padding-left: .4rem; padding-right: .5rem; }
   .stacked th[scope=row] { max-width: none; }
   .card img { width: 9rem; }
