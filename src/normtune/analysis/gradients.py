@@ -16,7 +16,7 @@ Noise and share do not depend on how a part is scaled or how many values it has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,36 +51,51 @@ class Spread:
         self.mean += step.div_(self.count)
 
 
+def spread_of(trained: Mapping[str, nn.Parameter], batches: Iterable[Iterable[torch.Tensor]]) -> dict[str, Spread]:
+    """Spreads of the gradients of `trained`, by name.
+
+    Args:
+        batches: for each batch losses that add up to its loss; each is freed before the next one is made. A loss that
+            depends on nothing trainable counts as zero.
+    """
+    spreads = {name: Spread(p) for name, p in trained.items()}
+    for losses in batches:
+        for parameter in trained.values():
+            parameter.grad = None
+        for loss in losses:
+            if loss.requires_grad:
+                loss.backward()
+        for name, parameter in trained.items():
+            spreads[name].add(parameter.grad)
+            parameter.grad = None
+    return spreads
+
+
 def gradient_spread(model: nn.Module, batches: Iterable[Sequence[Batch]]) -> dict[str, Spread]:
-    """Spreads of the gradients of all trainable parameters, by name.
+    """`spread_of` all trainable parameters of a tuned model, for the mean loss over a batch's supervised tokens.
 
     The model runs in eval mode (no dropout) and is left as it was, gradients included. Memory beside the model: two
     fp32 copies of the trainable tensors (a gradient and its running mean), and what one micro-batch keeps for backward.
 
     Args:
-        batches: for each batch its micro-batches, as a `Collator` makes them. The loss of a batch is the mean over its
-            supervised tokens.
+        batches: for each batch its micro-batches, as a `Collator` makes them.
 
     Raises:
         JobError: a batch without a supervised token, or a gradient that is not finite.
     """
     inner = unwrapped(model)
     trained = {name: p for name, p in inner.named_parameters() if p.requires_grad}
-    spreads = {name: Spread(p) for name, p in trained.items()}
     dtype, device = tuning(inner).dtype, next(iter(trained.values())).device
+
+    def losses(batch: Sequence[Batch]) -> Iterator[torch.Tensor]:
+        supervised = sum(size_of(micro)[0] for micro in batch)
+        if not supervised:
+            raise JobError("gradients: no sample of a batch has a supervised token; see max_length")
+        for micro in batch:
+            yield supervised_loss(inner, on_device(micro, device, dtype)) / supervised
+
     with quiet_model(inner), torch.enable_grad():
-        for number, batch in enumerate(batches, 1):
-            supervised = sum(size_of(micro)[0] for micro in batch)
-            if not supervised:
-                raise JobError(f"gradients, batch {number}: no sample of it has a supervised token; see max_length")
-            for parameter in inner.parameters():
-                parameter.grad = None
-            for micro in batch:
-                loss = supervised_loss(inner, on_device(micro, device, dtype))
-                if loss.requires_grad:  # without images nothing of it may reach what is trained
-                    (loss / supervised).backward()
-            for name, parameter in trained.items():
-                spreads[name].add(parameter.grad)
+        spreads = spread_of(trained, map(losses, batches))
     wrong = [name for name, spread in spreads.items() if not bool(torch.isfinite(spread.mean).all())]
     if wrong:
         raise JobError(f"the gradient of {wrong[0]} is not finite; the run's learning_rate was too high")
