@@ -114,13 +114,19 @@ def best_of(document: Mapping[str, Any]) -> list[str]:
 
 
 def scores(document: Mapping[str, Any], colors: Mapping[str, str]) -> list[Block]:
+    folded = [*differences(document["rows"]), *benchmark_details(document)]
+    return [Heading("Scores"), score_table(document), *score_figure(document, colors), *folded]
+
+
+def score_table(document: Mapping[str, Any]) -> Table:
+    """The main table: a row per variant, a column per benchmark, winners marked."""
     rows, winners = document["rows"], document["winners"]
     references = [name for name in ("lora", "full") if any(name in (row["relative"] or {}) for row in rows)]
     text = any(row["text"] for row in rows)
     header = ["", "average", *document["benchmarks"], *(f"to {name}" for name in references)]
     cells = [
         [
-            row["label"],
+            Cell(row["label"], seeds_of(row)),
             scored(row, row["average"], winners.get("average")),
             *(scored(row, row["scores"].get(name), winners.get(name)) for name in document["benchmarks"]),
             *(relative(row, name) for name in references),
@@ -136,9 +142,7 @@ def scores(document: Mapping[str, Any], colors: Mapping[str, str]) -> list[Block
         note += f" “to {references[0]}”: mean over tasks of score / score of {references[0]}, minus 1."
     if text:
         note += " Text: questions without an image, and the change against the untuned LLM."
-    table = Table([*header, *(["text"] if text else [])], cells, note, groups=controls_from(rows))
-    folded = [*differences(rows), *benchmark_details(document)]
-    return [Heading("Scores"), table, *score_figure(document, colors), *folded]
+    return Table([*header, *(["text"] if text else [])], cells, note, groups=controls_from(rows))
 
 
 def controls_from(rows: Sequence[Row]) -> dict[int, str]:
@@ -147,6 +151,11 @@ def controls_from(rows: Sequence[Row]) -> dict[int, str]:
     if first is None or not all(row["control"] for row in rows[first:]):
         return {}
     return {first: "controls"}
+
+
+def seeds_of(row: Row) -> str:
+    """Said only where seeds failed."""
+    return f"seeds {', '.join(map(str, row['seeds'])) or 'none'}" if row["failed"] else ""
 
 
 def scored(row: Row, found: Row | None, winner: Row | None) -> Cell:

@@ -6,6 +6,7 @@ a Markdown viewer shows no `data:` URI.
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 
@@ -46,7 +47,8 @@ def render_block(block: Block) -> str:
         case Code(text):
             return fenced(text)
         case Details(summary, blocks):
-            return "\n\n".join([f"**{escape(summary)}**", *map(render_block, blocks)])
+            head = f"<details><summary>{html.escape(summary)}</summary>"
+            return "\n\n".join([head, *map(render_block, blocks), "</details>"])
         case Card(_, title, blocks):
             return "\n\n".join([f"**{escape(title)}**", *map(render_block, blocks)])
         case Table():

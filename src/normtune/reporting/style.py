@@ -49,7 +49,7 @@ th[scope=row] { font-weight: 500; position: sticky; left: 0; background: var(--p
   padding-left: .1rem; }
 thead th:first-child { position: sticky; left: 0; background: var(--paper); padding-left: .1rem; }
 .number { text-align: right; white-space: nowrap; }
-td small { display: block; color: var(--muted); font-size: .78rem; white-space: nowrap; }
+tbody small { display: block; font-weight: 400; color: var(--muted); font-size: .78rem; white-space: nowrap; }
 .group th { padding: 1rem .1rem .3rem; color: var(--muted); font-size: .85rem; font-weight: 600; }
 .group span { position: sticky; left: 0; }
 .best { font-weight: 700; color: var(--good); } .told { font-weight: 700; }
