@@ -201,7 +201,7 @@ def batch_digest(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:
         for name in ("input_ids", "labels"):
             values = batch[name].cpu()
             digest = zlib.crc32(f"{name} {tuple(values.shape)}".encode(), digest)
-            digest = zlib.crc32(values.contiguous().numpy(), digest)
+            digest = zlib.crc32(values.contiguous().numpy().data, digest)
     return f"{digest:08x}"
 
 
