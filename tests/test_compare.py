@@ -256,7 +256,7 @@ def test_killed_and_started_again(basic: dict[str, Any], tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_ray_gives_the_same(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
-    pytest.importorskip("ray", reason="pip install 'normtune[cluster]'")
+    pytest.importorskip("ray", reason="pip install 'normtune[ray]'")
     here = run(basic, tmp_path / "here", strategies=("norms",))
     cells = [cell for cell, error in engines.on_ray([]) if error]
     assert cells == []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-NUMBER = re.compile(r"-?|[-+]?\d[\d.,e+-]*( ?([kMG]?B|[kMG]))?")
-"""Text that stands to the right in a table: a number, with a prefix or unit, or none."""
+from normtune.reporting.numbers import human_bytes, human_count, is_number
+
+__all__ = ["cell", "human_bytes", "human_count", "print_json", "print_table", "quiet_libraries"]
 
 
 def quiet_libraries() -> None:
@@ -35,7 +35,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
 
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
-        numeric = all(isinstance(row[i], int | float) or NUMBER.fullmatch(str(row[i])) for row in rows)
+        numeric = all(isinstance(row[i], int | float) or is_number(str(row[i])) for row in rows)
         table.add_column(column, justify="right" if numeric and rows else "left", overflow="fold")
     for row in rows:
         table.add_row(*(cell(value) for value in row))
@@ -47,20 +47,3 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def human_count(count: float) -> str:
-    """13,047,331,840 -> 13.05 G."""
-    for unit in ("", " k", " M", " G"):
-        if count < 1000 or unit == " G":
-            return f"{count:.4g}{unit}"
-        count /= 1000
-    return ""
-
-
-def human_bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return ""

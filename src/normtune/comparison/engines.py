@@ -138,7 +138,7 @@ def on_ray(cells: Sequence[Cell]) -> Iterator[Outcome]:
     try:
         import ray
     except ImportError:
-        raise InputError("engine ray: Ray is not installed; pip install 'normtune[cluster]', or use local") from None
+        raise InputError("engine ray: Ray is not installed; pip install 'normtune[ray]', or use local") from None
     import torch
 
     started = not ray.is_initialized()
