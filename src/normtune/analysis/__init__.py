@@ -155,7 +155,7 @@ def look(
 ) -> float | None:
     """The mean loss over the supervised tokens of `samples` (None without any), in eval mode; the states between the
     blocks go into `found`, by kind of token. The model is left as it was."""
-    state, token = tuning(model), image_token(collator.processor)
+    state, token = tuning(model), image_token(collator)
     device = next(model.get_submodule(state.anatomy.embed[0]).parameters()).device
     total, supervised, done = 0.0, 0, 0
     title = "training samples" if found is None else "held-out samples"

@@ -10,7 +10,7 @@ For gradients g_1 .. g_m of m batches and their mean G, over the values of a par
     variance = sum_b |g_b - G|^2 / (m - 1), divided by the number of values;
     noise = V / (|G|^2 - V / m) with V = sum_b |g_b - G|^2 / (m - 1), not divided; |G|^2 - V / m is an unbiased
     estimate of the squared norm of the true gradient;
-    share = sum_b |g_b - G|^2 / sum_b |g_b|^2, from 0 (all batches agree) to 1 - 1/m for pure noise to 1.
+    share = sum_b |g_b - G|^2 / sum_b |g_b|^2, from 0 (all batches agree) to about 1 - 1/m (pure noise).
 Noise and share do not depend on how a part is scaled or how many values it has.
 """
 

@@ -10,8 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
-from typing import Any
-
+from pathlib import Path
 from torch import Tensor
 
 from normtune.chat import Turn
@@ -26,7 +25,7 @@ STATES_BATCH = 8  # samples of which the states of all layers are held at a time
 
 
 def held_out(recipe: Recipe | None, data: str | None, images: str | None, number: int) -> tuple[list[Sample], str]:
-    """`number` samples that no stage trains on, and where they are from.
+    """`number` samples that no stage trains on, and in words where they are from.
 
     Those of the file `data` in LLaVA's format, or else the questions of the benchmarks of `evaluate.dev` (or
     `evaluate.data`) with their truths, as many of each benchmark.
@@ -37,7 +36,7 @@ def held_out(recipe: Recipe | None, data: str | None, images: str | None, number
     if data is not None:
         found = read_samples(DataSource(path=data, images=images))
         chosen = sorted(random.Random(SEED).sample(range(len(found)), min(number, len(found))))
-        return [found[place] for place in chosen], data
+        return [found[place] for place in chosen], Path(data).name
     section = recipe.evaluate if recipe else None
     if section is None:
         raise InputError(
@@ -48,7 +47,8 @@ def held_out(recipe: Recipe | None, data: str | None, images: str | None, number
     share = -(-number // len(names))
     folder = section.dev or section.data
     asked = ask(Settings(tuple(names), share, seed=SEED), folder)
-    return [sample for one in asked for sample in answered(one)[:share]][:number], folder
+    taken = [sample for one in asked for sample in answered(one)[:share]][:number]
+    return taken, f"{', '.join(names)} of {Path(folder).name}"
 
 
 def answered(asked: Asked) -> list[Sample]:
@@ -98,7 +98,7 @@ def in_batches(samples: Sequence[Sample], collator: Collator) -> Iterator[dict[s
     yield from (collator.padded(group) for group in micro_batches(rows, STATES_BATCH, False, 0))
 
 
-def image_token(processor: Any) -> int | None:
+def image_token(collator: Collator) -> int | None:
     """The id of the token that stands for a patch of an image in the prompt; None where there is none."""
-    own = getattr(processor, "image_token_id", None)
-    return None if own is None else int(own)
+    found = collator.chat.tokenizer.get_vocab().get(collator.chat.image_token)
+    return None if found is None else int(found)

@@ -55,18 +55,25 @@ def choose(
     name: str, section: Evaluation, limit: int | None, stored: Stored
 ) -> dict[Baseline, tuple[int, float | None, Settings]]:
     """By baseline: how many questions, their score if it is stored, how they are asked. With the limit under which all
-    is stored, whichever it is; else with the one that is asked for."""
-    options = []
+    is stored, whichever it is; else with the first that works of the one asked for, the recipe's, and none."""
+    first: dict[Baseline, tuple[int, float | None, Settings]] = {}
+    problem: InputError | None = None
     for size in dict.fromkeys((limit, section.limit, None)):
         option: dict[Baseline, tuple[int, float | None, Settings]] = {}
-        for baseline in BASELINES:
-            settings = Settings((name,), size, baseline=baseline)
-            (asked,) = ask(settings, section.data)
-            option[baseline] = len(asked), stored.get((name, asked.fingerprint())), settings
-        options.append(option)
+        try:
+            for baseline in BASELINES:
+                settings = Settings((name,), size, baseline=baseline)
+                (asked,) = ask(settings, section.data)
+                option[baseline] = len(asked), stored.get((name, asked.fingerprint())), settings
+        except InputError as error:  # so few images that none can be exchanged
+            problem = problem or error
+            continue
         if all(known is not None for _, known, _ in option.values()):
             return option
-    return options[0]
+        first = first or option
+    if problem is not None and not first:
+        raise problem
+    return first
 
 
 def stored_scores(folder: Path, tuned: Tuned) -> Stored:

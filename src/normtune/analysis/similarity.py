@@ -25,7 +25,7 @@ SMALLEST = 4  # HSIC_1 divides by n - 3
 class Similarity:
     """Similarity of M layers over one kind of token: `add` states batch by batch, then `result`.
 
-    Memory: M fp32 covariances of H x H (4.4 GB for 33 layers of 4096, for each kind), and of each group of at most 256
+    Memory: M fp32 covariances of H x H (2.2 GB for 33 layers of 4096), and of each group of at most 256
     tokens M states and M Gram matrices in fp32.
     """
 

@@ -68,7 +68,7 @@ def stage_gradients(
             report = apply(model, measured, seed=recipe.seed, **stage.lora.model_dump())
             if path is not None:
                 load_parameters(model, read_tensors(path), path)
-            lean(model, stage.activations)
+            lean(model)  # exact, whatever the stage kept for backward: the same measurement for every run
             spreads = gradient_spread(model, steps())
             parts: dict[str, list[str]] = {}
             for name, part in report.part_of.items():
