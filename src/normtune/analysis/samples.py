@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
+
 from torch import Tensor
 
 from normtune.chat import Turn
