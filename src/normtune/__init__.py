@@ -131,8 +131,10 @@ def compare(recipe: Any, *, out: Any = None, engine: str = "local", **options: A
 def analyze(run: Any, **options: Any) -> Any:
     """What changed inside a tuned model; options and result as in `normtune.analysis.analyze_run`."""
     from normtune.analysis import analyze_run
+    from normtune.world import resolve_path
 
-    return analyze_run(run, **options)
+    paths = {key: resolve_path(str(options.pop(key))) for key in ("data", "images") if options.get(key) is not None}
+    return analyze_run(run, **paths, **options)  # type: ignore[arg-type]
 
 
 def plan(recipe: Any, **overrides: Any) -> Any:

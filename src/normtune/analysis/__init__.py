@@ -27,12 +27,13 @@ from normtune.analysis.stages import stage_gradients
 from normtune.analysis.states import block_states, kinds_of_tokens, quiet_model, states_at
 from normtune.data import Collator, Mixture, Sample
 from normtune.errors import InputError
+from normtune.features import Store, fill_store
 from normtune.progress import Bar
 from normtune.recipe import Recipe, load_recipe
 from normtune.runlog import Run
 from normtune.step import head_of, on_device, size_of, supervised_loss
 from normtune.strategy import resolve, tuning
-from normtune.tuned import open_tuned, place
+from normtune.tuned import Tuned, open_tuned, place
 
 __all__ = ["ROLES", "analyze_run", "gain_map", "look", "norm_roles"]
 
@@ -48,6 +49,7 @@ def analyze_run(
     samples: int = 64,
     batches: int = 8,
     limit: int | None = LIMIT,
+    reuse: bool = True,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """The analysis of a finished run's folder, or of an adapter folder whose record names the base.
@@ -59,7 +61,8 @@ def analyze_run(
             of the recipe's `evaluate.dev` (or `evaluate.data`) as conversations.
         samples: held-out samples, and as many of the training data.
         batches: batches of the last stage's size that gradients are measured on.
-        limit: questions per benchmark, whole images at a time; None: all. See `seeing` for results that are reused.
+        limit: questions per benchmark, whole images at a time; None: all.
+        reuse: take scores that the run's `evaluations` hold, with their number of questions (see `seeing`).
 
     Returns:
         A document for JSON; its fields are described in docs/analysis.md.
@@ -78,7 +81,8 @@ def analyze_run(
         tuned = open_tuned(folder)
         model = tuned.model
         place(model, recipe.device if recipe else "auto")
-        collator = Collator(tuned.processor, recipe.stages[-1].max_length if recipe else None)
+        length = recipe.stages[-1].max_length if recipe else None
+        collator = Collator(tuned.processor, length, stored_images(recipe, tuned, [*seen, *samples_of(mixture)]))
         similarity, losses = layers_and_losses(model, collator, seen, mixture, samples, quiet)
         dropped = collator.counts["dropped"]
         document: dict[str, Any] = {
@@ -98,7 +102,8 @@ def analyze_run(
             "notes": [f"{dropped} samples had nothing to learn from and were left out"] if dropped else [],
         }
         if recipe is not None and recipe.evaluate is not None:
-            scores, questions, notes = image_contribution(folder, tuned, recipe.evaluate, limit, quiet)
+            known = folder if reuse else None
+            scores, questions, notes = image_contribution(known, tuned, recipe, recipe.evaluate, limit, quiet)
             document |= {"image": scores, "questions": questions, "notes": [*document["notes"], *notes]}
         if recipe is not None and mixture is not None:  # last: it puts other states into the model
             points: list[dict[str, Any]] = []
@@ -131,6 +136,19 @@ def recipe_of(folder: Path) -> tuple[Recipe | None, dict[str, Any]]:
         f"{folder} is neither a run nor an adapter folder (no recipe.yaml or adapter.json in it);\n"
         "an analysis needs to know what was tuned: give the folder of a finished run"
     )
+
+
+def samples_of(mixture: Mixture | None) -> list[Sample]:
+    return mixture.samples if mixture is not None else []
+
+
+def stored_images(recipe: Recipe | None, tuned: Tuned, samples: Sequence[Sample]) -> Store | None:
+    """The cache in which a training with `cache_features` has kept what its encoder made of the images of `samples`;
+    what is missing is added. None for other runs."""
+    if recipe is None or not recipe.stages[-1].cache_features:
+        return None
+    wanted = {path: sample.where for sample in samples for path in sample.images}
+    return fill_store(recipe.model, tuned.model, tuned.processor, wanted, quiet=True)
 
 
 def layers_and_losses(

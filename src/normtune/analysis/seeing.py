@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from normtune.errors import InputError
-from normtune.evaluation import BASELINES, Baseline, evaluate_model
+from normtune.evaluation import BASELINES, Baseline, evaluate_model, stored_features
 from normtune.evaluation.questions import Settings, ask
 from normtune.evaluation.results import FORMAT, fingerprint
 from normtune.progress import Bar
-from normtune.recipe import Evaluation
+from normtune.recipe import Evaluation, Recipe
 from normtune.runlog import read_json
 from normtune.tuned import Tuned
 
@@ -23,15 +23,15 @@ Scores = dict[str, dict[str, float]]
 
 
 def image_contribution(
-    folder: Path, tuned: Tuned, section: Evaluation, limit: int | None, quiet: bool
+    folder: Path | None, tuned: Tuned, recipe: Recipe, section: Evaluation, limit: int | None, quiet: bool
 ) -> tuple[Scores | None, dict[str, int], list[str]]:
     """({"none", "blind", "shuffled": {benchmark: headline}} or None without such a benchmark, questions asked by
-    benchmark, notes).
+    benchmark, notes). `folder` is the run whose results may be taken; `section` the recipe's `evaluate`.
 
     Raises:
         InputError: missing or wrong files.
     """
-    stored = stored_scores(folder, tuned)
+    stored = stored_scores(folder, tuned) if folder is not None else {}
     scores: Scores = {baseline: {} for baseline in BASELINES}
     questions: dict[str, int] = {}
     notes: list[str] = []
@@ -46,7 +46,7 @@ def image_contribution(
                     continue
                 for baseline, (size, known, settings) in chosen.items():
                     questions[name] = size
-                    scores[baseline][name] = ask_it(tuned, settings, section.data) if known is None else known
+                    scores[baseline][name] = ask_it(tuned, recipe, settings, section.data) if known is None else known
             bar.update(number)
     return (scores if questions else None), questions, notes
 
@@ -90,9 +90,12 @@ def stored_scores(folder: Path, tuned: Tuned) -> Stored:
     return found
 
 
-def ask_it(tuned: Tuned, settings: Settings, data: str) -> float:
+def ask_it(tuned: Tuned, recipe: Recipe, settings: Settings, data: str) -> float:
     (name,) = settings.benchmarks
+    store = None
+    if recipe.stages[-1].cache_features:
+        store = stored_features(recipe.model, tuned.model, tuned.processor, ask(settings, data))
     result = evaluate_model(
-        tuned.model, tuned.processor, [name], data, limit=settings.limit, baseline=settings.baseline
+        tuned.model, tuned.processor, [name], data, limit=settings.limit, baseline=settings.baseline, store=store
     )
     return float(result[name]["score"])

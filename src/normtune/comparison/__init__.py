@@ -18,7 +18,7 @@ from normtune.comparison.engines import Engine
 from normtune.comparison.experiments import SWEEPS, Found, Request, by_kind, by_strategy
 from normtune.comparison.report import write_report
 from normtune.comparison.results import examples_of
-from normtune.comparison.running import EXAM, Place
+from normtune.comparison.running import BEFORE, EXAM, Place
 from normtune.errors import InputError, did_you_mean
 from normtune.recipe import Recipe, recipe_hash, to_yaml
 from normtune.runlog import provenance, read_json, write_json
@@ -118,7 +118,7 @@ def document_of(
         "recipe": to_yaml(source),
         "recipe_hash": recipe_hash(source),
         "asked_on": found.part,
-        "benchmarks": [one.name for one in asked],
+        "benchmarks": [one.name for one in asked if one.name != BEFORE],
         "questions": {one.name: len(one) for one in asked},
         "seeds": list(request.seeds),
         "rows": found.rows,

@@ -95,7 +95,7 @@ def do(cell: Cell) -> None:
         for exam in todo:
             do_exam(cell, exam, tuned)
     if cell.analyzed and not cell.analysis.is_file():
-        write_json(cell.analysis, analyze_run(cell.folder))
+        write_json(cell.analysis, analyze_run(cell.folder, reuse=False))
 
 
 def do_training(cell: Cell) -> Tuned:
