@@ -101,22 +101,12 @@ def analyze_run(
             "questions": {},
             "notes": [f"{dropped} samples had nothing to learn from and were left out"] if dropped else [],
         }
-        if recipe is not None and recipe.evaluate is not None:
-            known = folder if reuse else None
-            scores, questions, notes = image_contribution(known, tuned, recipe, recipe.evaluate, limit, quiet)
-            document |= {"image": scores, "questions": questions, "notes": [*document["notes"], *notes]}
-        if recipe is not None and mixture is not None:  # last: it puts other states into the model
-            points: list[dict[str, Any]] = []
-
-            def losses_at(step: int) -> None:
-                train = look(model, collator, trained_samples(mixture, samples))
-                points.append({"step": step, "train": train, "held_out": look(model, collator, seen)})
-
-            gradients, notes = stage_gradients(
-                Run(folder), recipe, model, collator, mixture, batches, quiet=quiet, visit=losses_at
-            )
-            losses["checkpoints"] = sorted(points, key=lambda point: point["step"])
-            document |= {"gradients": gradients, "notes": [*document["notes"], *notes]}
+        if recipe is not None and mixture is not None:
+            if recipe.evaluate is not None:
+                known = folder if reuse else None
+                scores, questions, notes = image_contribution(known, tuned, recipe, recipe.evaluate, limit, quiet)
+                document |= {"image": scores, "questions": questions, "notes": [*document["notes"], *notes]}
+            over_steps(document, Run(folder), recipe, model, collator, seen, mixture, samples, batches, quiet)
     return {**document, "seconds": round(time.monotonic() - began, 1)}
 
 
@@ -136,6 +126,31 @@ def recipe_of(folder: Path) -> tuple[Recipe | None, dict[str, Any]]:
         f"{folder} is neither a run nor an adapter folder (no recipe.yaml or adapter.json in it);\n"
         "an analysis needs to know what was tuned: give the folder of a finished run"
     )
+
+
+def over_steps(
+    document: dict[str, Any],
+    run: Run,
+    recipe: Recipe,
+    model: nn.Module,
+    collator: Collator,
+    seen: Sequence[Sample],
+    mixture: Mixture,
+    samples: int,
+    batches: int,
+    quiet: bool,
+) -> None:
+    """Adds what changes over the last stage: gradients and losses at its checkpoints, whose states it puts into the
+    model."""
+    points: list[dict[str, Any]] = []
+
+    def losses_at(step: int) -> None:
+        train = look(model, collator, trained_samples(mixture, samples))
+        points.append({"step": step, "train": train, "held_out": look(model, collator, seen)})
+
+    gradients, notes = stage_gradients(run, recipe, model, collator, mixture, batches, quiet=quiet, visit=losses_at)
+    document["losses"]["checkpoints"] = sorted(points, key=lambda point: point["step"])
+    document |= {"gradients": gradients, "notes": [*document["notes"], *notes]}
 
 
 def samples_of(mixture: Mixture | None) -> list[Sample]:
