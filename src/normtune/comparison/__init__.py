@@ -107,8 +107,6 @@ def document_of(
         if cell.analyzed and cell.analysis.is_file()
     }
     results = [read_json(cell.result(EXAM[found.part]), "result") for cell in cells]
-    seconds = sum(result["time"]["seconds"] for result in results)
-    seconds += sum((cell.cost() or {}).get("seconds", 0.0) for cell in cells)
     return {
         "format": FORMAT,
         "experiment": name,
@@ -130,7 +128,7 @@ def document_of(
         "analysis": analysis,
         "examples": examples_of(asked, found.cells, EXAM[found.part]),
         "provenance": provenance(),
-        "seconds": round(seconds, 1),
+        "seconds": round(place.seconds, 1),
         "started": min((result["time"]["started"] for result in results), default=None),
     }
 

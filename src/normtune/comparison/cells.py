@@ -6,6 +6,7 @@ Not here: which cells there are (`running`), in which processes they run (`engin
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from normtune.comparison.costs import costs
 from normtune.evaluation import Settings, ask, evaluate_into, identity, stored_features
 from normtune.progress import Bar
 from normtune.recipe import Recipe, recipe_hash
-from normtune.runlog import Run, read_json, write_json
+from normtune.runlog import Run, append_line, read_json, read_lines, write_json
 from normtune.training import train
 from normtune.tuned import Tuned, build, open_tuned, place
 
 FORMAT = 1
+TIMES = "times.jsonl"  # how long each process worked on a cell
 BATCH = 128  # questions answered together
 
 
@@ -71,6 +73,11 @@ class Cell:
         wanted += [self.analysis] if self.analyzed else []
         return all(path.is_file() for path in wanted)
 
+    @property
+    def seconds(self) -> float:
+        """All the time that was spent on it, by processes that could say so."""
+        return float(sum(line["seconds"] for line in read_lines(self.folder / TIMES)))
+
     def cost(self) -> dict[str, Any] | None:
         """What its training cost, as `costs` says; None where nothing is trained."""
         return read_json(self.record, "record of a cell")["trained"] if self.trains else None
@@ -82,8 +89,18 @@ def do(cell: Cell) -> None:
     Raises:
         InputError, JobError, Interrupted: as `train`, `evaluate_into` and `analyze_run`.
     """
+    began = time.monotonic()
     if cell.recipe.threads:
         torch.set_num_threads(cell.recipe.threads)
+    try:
+        do_parts(cell)
+    finally:
+        if cell.folder.is_dir():
+            append_line(cell.folder / TIMES, {"seconds": round(time.monotonic() - began, 2)})
+
+
+def do_parts(cell: Cell) -> None:
+    """Training, exams, analysis: each where it is not on disk."""
     tuned = None
     if cell.trains and not cell.record.is_file():
         tuned = do_training(cell)

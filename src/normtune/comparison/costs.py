@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ from normtune.strategy import apply, lean, restore, tuning
 from normtune.training.batching import Batches, choose_packing
 
 WARM = 3  # first steps of a process, which are slower
+LAST = 10  # steps over which the loss at the end is averaged: one batch says little
 
 
 def costs(recipe: Recipe, folder: Path, model: nn.Module, processor: Any) -> dict[str, Any]:
@@ -31,8 +33,9 @@ def costs(recipe: Recipe, folder: Path, model: nn.Module, processor: Any) -> dic
 
     Returns:
         steps, trainable_parameters, total_parameters (as `Report` counts them), percent; adapter_bytes; saved_bytes
-        (see there); peak_bytes and of what; step_seconds (median), seconds of the stage's steps, moved_percent (of the
-        gains, None where none are trained), stream (SHA-256 of the batches, in order), first_loss, last_loss.
+        (see there); peak_bytes and of what; step_seconds (median) and step_quartiles, seconds of the stage's steps,
+        moved_percent (of the gains, None where none are trained), stream (SHA-256 of the batches, in order),
+        first_loss, last_loss (the mean over the last LAST steps).
     """
     peak, kind = peak_memory(model)
     stage = recipe.stages[-1]
@@ -51,11 +54,12 @@ def costs(recipe: Recipe, folder: Path, model: nn.Module, processor: Any) -> dic
         "peak_bytes": peak,
         "peak_of": kind,
         "step_seconds": statistics.median(seconds[WARM:] or seconds),
+        "step_quartiles": [float(q) for q in np.percentile(seconds[WARM:] or seconds, [25, 75])],
         "seconds": sum(seconds),
         "moved_percent": moved[-1] if moved else None,
         "stream": stream(log),
         "first_loss": log[0]["loss"],
-        "last_loss": log[-1]["loss"],
+        "last_loss": statistics.fmean(line["loss"] for line in log[-LAST:]),
     }
 
 

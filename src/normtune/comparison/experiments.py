@@ -140,10 +140,12 @@ def sweep_rates(place: Place, request: Request) -> Found:
     found.axis = {"x": "learning rate", "log": True}
     for curve in found.curves:
         band = curve["band"]
-        found.findings.append(
-            f"{curve['name']}: within 2 % of its best from {band['low']:.2g} to {band['high']:.2g} "
-            f"({band['decades']:.2f} decades)"
-        )
+        if band is not None:
+            more = " or more: it reaches the end of the sweep" if band["open"] else ""
+            found.findings.append(
+                f"{curve['name']}: within 2 % of its best from {band['low']:.2g} to {band['high']:.2g} "
+                f"({band['decades']:.2f} decades{more}), by {of_seeds(request)}"
+            )
     return found
 
 
@@ -164,15 +166,29 @@ def sweep_norms(place: Place, request: Request) -> Found:
     counted = [row for row in found.rows if "count" in row["factors"] and row["average"]]
     found.curves = curves_of(counted, "strategy", "count")
     found.axis = {"x": "number of norms", "log": True}
-    best = found.rows[0]["average"]
-    enough = [row["factors"]["count"] for row in counted if best and row["average"]["mean"] >= KEPT * best["mean"]]
-    total = sum(gain["trained"] for gain in document["gains"])
-    found.findings.append(
-        f"ranked by {request.ranking}, {min(enough)} of {total} norms keep the score of all within 2 %"
-        if enough
-        else f"ranked by {request.ranking}, no smaller set keeps the score of all {total} norms within 2 %"
-    )
+    total, best = sum(gain["trained"] for gain in document["gains"]), found.rows[0]["average"]
+    if best is not None:
+        few = fewest({row["factors"]["count"]: row["average"]["mean"] for row in counted}, KEPT * best["mean"], total)
+        found.findings.append(
+            f"ranked by {request.ranking}, {few} of {total} norms keep the score of all within 2 %, as do all larger "
+            f"sets that were tried, by {of_seeds(request)}"
+        )
     return found
+
+
+def fewest(means: Mapping[int, float], wanted: float, total: int) -> int:
+    """The smallest count from which on every mean reaches what is wanted; a lucky one below does not count."""
+    few = total
+    for count in sorted(means, reverse=True):
+        if means[count] < wanted:
+            break
+        few = min(few, count)
+    return few
+
+
+def of_seeds(request: Request) -> str:
+    """What a finding rests on."""
+    return f"the means of {len(request.seeds)} seeds" if len(request.seeds) > 1 else "one seed"
 
 
 def ranked(document: Mapping[str, Any], ranking: str) -> list[str]:
@@ -205,7 +221,7 @@ def sweep_data(place: Place, request: Request) -> Found:
     found = finish(place, request, data_sweep(place.recipe, list(request.strategies)), "dev")
     found.curves = curves_of(found.rows, "strategy", "samples")
     found.axis = {"x": "samples", "log": True}
-    found.findings = overtakes(found.curves)
+    found.findings = [f"{sentence}, by {of_seeds(request)}" for sentence in overtakes(found.curves)]
     return found
 
 

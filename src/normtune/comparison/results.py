@@ -109,18 +109,26 @@ def text_before(place: Place) -> float | None:
 
 def curves_of(rows: Sequence[Mapping[str, Any]], name: str, x: str, tolerance: bool = False) -> list[dict[str, Any]]:
     """One curve of the average score per value of the factor `name`, over the factor `x`; with `tolerance` the band of
-    `x` in which the score is within 2 % of the best."""
+    `x` in which the score is within 2 % of the best; a row that failed ends it."""
     found = []
-    for value in dict.fromkeys(row["factors"].get(name) for row in rows if x in row["factors"] and row["average"]):
-        own = [row for row in rows if row["factors"].get(name) == value and x in row["factors"] and row["average"]]
-        own.sort(key=lambda row: row["factors"][x])
-        places, means = [row["factors"][x] for row in own], [row["average"]["mean"] for row in own]
-        curve: dict[str, Any] = {"name": str(value), "x": places, "mean": means}
-        curve["interval"] = [row["average"]["interval"] for row in own]
-        curve["band"] = None
-        if tolerance:
-            low, high, decades = band(places, means)
-            curve["band"] = {"low": low, "high": high, "decades": decades}
+    rows = [row for row in rows if x in row["factors"] and row["baseline"] == "none"]
+    for value in dict.fromkeys(row["factors"].get(name) for row in rows):
+        whole = sorted((r for r in rows if r["factors"].get(name) == value), key=lambda row: row["factors"][x])
+        own = [row for row in whole if row["average"]]
+        curve: dict[str, Any] = {
+            "name": str(value),
+            "x": [row["factors"][x] for row in own],
+            "mean": [row["average"]["mean"] for row in own],
+            "interval": [row["average"]["interval"] for row in own],
+            "failed": [row["factors"][x] for row in whole if not row["average"]],
+            "band": None,
+        }
+        if tolerance and own:
+            scores = [row["average"]["mean"] if row["average"] else 0.0 for row in whole]
+            places = [row["factors"][x] for row in whole]
+            low, high, decades = band(places, scores)
+            open_ends = [end for end, at, last in (("low", low, places[0]), ("high", high, places[-1])) if at == last]
+            curve["band"] = {"low": low, "high": high, "decades": decades, "open": open_ends}
         found.append(curve)
     return found
 

@@ -42,6 +42,7 @@ class Place:
     failed: dict[Path, str] = field(default_factory=dict)
     asked: dict[Part, list[Asked]] = field(default_factory=dict)
     lock: IO[str] | None = None
+    cells: dict[Path, Cell] = field(default_factory=dict)  # all that this comparison consists of
 
     def __enter__(self) -> Place:
         """Raises InputError where the folder holds something else, or the comparison of another recipe."""
@@ -95,6 +96,11 @@ class Place:
     def settings(self, baseline: Any = "none", benchmarks: Sequence[str] | None = None) -> Settings:
         names = tuple(dict.fromkeys(benchmarks or self.evaluation.benchmarks))
         return Settings(names, self.evaluation.limit, baseline=baseline)
+
+    @property
+    def seconds(self) -> float:
+        """The time spent on all cells, also by earlier processes."""
+        return sum(cell.seconds for cell in self.cells.values())
 
     def exam(self, part: Part) -> Exam:
         return Exam(EXAM[part], self.settings(), self.data(part))
@@ -165,6 +171,7 @@ class Place:
 
     def do(self, cells: Sequence[Cell]) -> None:
         """Does what is not finished yet, and says how far it is."""
+        self.cells |= {cell.folder: cell for cell in cells}
         todo = [cell for cell in cells if not cell.finished]
         began = time.monotonic()
         for cell in cells:
