@@ -269,8 +269,8 @@ def parse(answer: str, rules: Rules = "official") -> str:
 def measure(items: Sequence[Item], answers: Sequence[str], rules: Rules = "official") -> Measured:
     """`subtasks`: of each the score 100 (acc + acc+), from `acc` (share of right answers) and `acc+` (share of images
     with both right) in `details`, with `other` (answers neither yes nor no, counted as wrong) and `n`; `perception`
-    (0 to 2000) and `cognition` (0 to 800) add up the subtasks present. The headline `score` is the accuracy over all
-    questions, 0 to 1. InputError when an image has not exactly two questions."""
+    (0 to 2000) and `cognition` (0 to 800) add up the subtasks present, and are left out where none is. The headline
+    `score` is the accuracy over all questions, 0 to 1. InputError when an image has not exactly two questions."""
     check_rules(rules)
     marks: dict[tuple[str, str], list[tuple[bool, bool]]] = {}
     for item, answer in paired(items, answers):
@@ -293,15 +293,19 @@ def measure(items: Sequence[Item], answers: Sequence[str], rules: Rules = "offic
         right, both, _, images = np.moveaxis(counts, 2, 0)
         scores = 100 * (share(right, 2 * images) + share(both, images))
         found = {name: scores[:, place] for place, name in enumerate(subtasks)}
-        mind = np.array([name in COGNITION for name in subtasks], dtype=bool)
+        members = {
+            name: np.array([subtask in own for subtask in subtasks], dtype=bool)
+            for name, own in (("perception", PERCEPTION), ("cognition", COGNITION))
+        }
+        sums = {name: scores[:, own].sum(1) for name, own in members.items() if own.any()}  # 0 would read as a score
         overall = share(right.sum(axis=1), 2 * images.sum(axis=1))
-        return {"perception": scores[:, ~mind].sum(1), "cognition": scores[:, mind].sum(1), "score": overall} | found
+        return {**sums, "score": overall, **found}
 
     names = [subtask for subtask, _ in marks]
     statistics = Statistics.gather([image for _, image in marks], names, rows, 4 * len(subtasks), figures)
     totals = statistics.totals()
     details = {name: _details(rows[:, place].sum(axis=0)) for place, name in enumerate(subtasks)}
-    scores: dict[str, Any] = {key: totals[key] for key in ("score", "perception", "cognition")}
+    scores: dict[str, Any] = {key: totals[key] for key in ("score", "perception", "cognition") if key in totals}
     scores["other"] = sum(detail["other"] for detail in details.values())
     scores["subtasks"] = {name: totals[name] for name in subtasks}
     return Measured({**scores, "details": details, "rules": rules}, statistics)
