@@ -1,7 +1,7 @@
 """A made-up result document of a comparison and of an analysis, as large as a real one: what the report is tested on.
 
 Figures come from a seeded generator and mean nothing. Seven strategies, controls and baselines, five benchmarks, three
-seeds, six layers; one failed cell, answers that look like HTML and Markdown.
+seeds, six layers; failed cells, a band that may go on, answers that look like HTML and Markdown.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def comparison() -> dict[str, Any]:
             "cores": 2,
         },
         "seconds": 2312.4,
+        "wall_seconds": 600.0,
         "started": "2026-11-21T10:00:00+00:00",
     }
 
@@ -80,10 +81,14 @@ def sweep() -> dict[str, Any]:
         for one, rate in zip(own, rates, strict=True):
             one["factors"] = {"strategy": name, "learning_rate": rate}
         means = [one["average"] for one in own]
-        band = {"low": rates[best] / 2, "high": rates[best] * 2, "decades": 0.6}
+        band = {"low": rates[best] / 2, "high": rates[best] * 2, "decades": 0.6, "open": []}
         curve = {"mean": [one["mean"] for one in means], "interval": [one["interval"] for one in means], "band": band}
-        curves.append({"name": name, "x": rates, **curve})
+        curves.append({"name": name, "x": rates, "failed": [], **curve})
         rows += own
+    full = curves[0]  # its two highest rates failed, and its band reaches the lowest
+    for key in ("x", "mean", "interval"):
+        full[key] = full[key][:-2]
+    full |= {"failed": rates[-2:], "band": {"low": rates[0], "high": rates[4], "decades": 2.0, "open": ["low"]}}
     changed = {"experiment": "sweep learning-rate", "title": "world: sweep learning-rate", "rows": rows}
     changed |= {"curves": curves, "axis": {"x": "learning rate", "log": True}, "search": None, "analysis": {}}
     return {**found, **changed, "winners": {}, "claims": [], "asked_on": "dev"}
@@ -112,6 +117,7 @@ def row(draw: random.Random, label: str, level: float, parameters: int) -> dict[
         "peak_bytes": int(6e8 + 20 * parameters),
         "peak_of": "resident memory",
         "step_seconds": 0.04 + parameters / 5e7,
+        "step_quartiles": [0.037 + parameters / 5e7, 0.051 + parameters / 5e7],
         "seconds": 12.5,
         "moved_percent": 100.0 if "layernorm" in label else None,
         "stream": "00",
@@ -120,7 +126,7 @@ def row(draw: random.Random, label: str, level: float, parameters: int) -> dict[
     }
     return {
         "label": label,
-        "factors": {"strategy": label},
+        "factors": {"strategy": "none" if label == "stage 1 only" else label.partition(",")[0]},
         "control": label in CONTROLS,
         "baseline": baseline,
         "seeds": [0, 1, 2],
@@ -185,12 +191,22 @@ def analysis(draw: random.Random, label: str, layers: int = 7) -> dict[str, Any]
         "layers": layers,
         "samples": 64,
         "similarity": {"image": similar(), "text": similar()},
-        "losses": {"train": 0.4, "held_out": 0.4 + fall, "gap": fall},
+        "losses": {
+            "train": 0.4,
+            "held_out": 0.4 + fall,
+            "gap": fall,
+            "checkpoints": [
+                {"step": 0, "train": 2.4, "held_out": 1.1},
+                {"step": 56, "train": 0.7, "held_out": 0.6},
+                {"step": 112, "train": 0.4, "held_out": 0.4 + fall},
+            ],
+        },
         "gradients": {
             "checkpoints": checkpoints,
             "formula": "variance = sum_b |g_b - G|^2 / (m - 1) / values",
             "batches": 8,
             "batch_size": 16,
+            "stream": "5ce9c20bb3b0e5a4",
             "trained": parts,
         },
         "gains": [gain(name) for name in names] + ([final] if label == "full" else []),

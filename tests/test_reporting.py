@@ -157,6 +157,17 @@ def test_points_stand_where_their_values_are() -> None:
         assert spot - float(low) == pytest.approx(float(high) - spot, abs=0.05) and float(low) < spot
 
 
+def test_a_missing_value_is_a_cross_at_the_foot_of_the_plot() -> None:
+    def crosses(missing: list[float]) -> list[tuple[float, float]]:
+        svg = plots.lines([Series("lora", [1.0, 2.0], [0.5, 0.8], "s1", None, missing)], title="t")
+        (mark,) = re.findall(r'id="(\w+)" d="M -3.5 3.5 L 3.5 -3.5', svg) or [None]
+        return [(float(x), float(y)) for x, y in re.findall(rf'<use href="#{mark}" x="([\d.]+)" y="([\d.]+)"', svg)]
+
+    assert crosses([]) == []
+    (left, foot), (right, other) = crosses([3.0, 5.0])
+    assert left < right and foot == other > 150
+
+
 def test_a_heatmap_colours_every_cell_by_its_value() -> None:
     size, last = 9, palette.LEVELS - 1
     matrix: list[list[float | None]] = [[(r * size + c) / (size * size - 1) for c in range(size)] for r in range(size)]

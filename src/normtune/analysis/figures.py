@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from normtune.reporting import Block, Bullets, Cell, Figure, Heading, Table, Text, plots
+from normtune.reporting import Block, Bullets, Cell, Figure, Heading, Note, Table, Text, plots
 from normtune.reporting.numbers import score
 from normtune.reporting.palette import assign
 from normtune.reporting.plots import Mark, Series
@@ -27,6 +27,7 @@ ROLES = {
     "vision": "norms of the vision encoder",
 }
 MEASURES = {"cosine": "Mean cosine similarity", "cka": "Linear CKA"}
+LOSSES = {"train": "training loss", "held_out": "held-out loss"}
 GRADIENTS = {"variance": "gradient variance", "share": "share of noise"}
 IMAGES = {"shuffled": "with another image", "blind": "without an image"}
 
@@ -58,6 +59,7 @@ def similarity_blocks(documents: Documents, colors: Colors) -> list[Block]:
         Heading("Similarity of layers"),
         Text(intro),
         *_similarity_table(documents),
+        *_loss_figure(documents, colors),
         *_rank_figure(documents, colors),
         *blocks,
     ]
@@ -69,7 +71,7 @@ def _similar(document: Mapping[str, Any], tokens: str) -> bool:
 
 def _similarity_table(documents: Documents) -> list[Block]:
     header = ["", *(f"{name}, {tokens}" for tokens in TOKENS for name in ("cosine", "CKA"))]
-    header += ["train loss", "held-out loss", "gap"]
+    header += ["train loss", "held-out loss", "gap", "its change"]
     rows = []
     for label, one in documents.items():
         similar = [(one.get("similarity") or {}).get(tokens) or {} for tokens in TOKENS]
@@ -79,10 +81,45 @@ def _similarity_table(documents: Documents) -> list[Block]:
                 label,
                 *(score(part.get(f"mean_{name}")) for part in similar for name in ("cosine", "cka")),
                 *(score(losses.get(name)) for name in ("train", "held_out", "gap")),
+                _signed(gap_change(losses)),
             ]
         )
-    caption = "Means over all pairs of different layers; the gap between held-out and training loss tells overfitting."
+    caption = (
+        "Means over all pairs of different layers. Gap: held-out minus training loss at the end. It says little where "
+        "held-out samples are of another kind than the training data; its change from the start of the stage to its "
+        "end is what tells overfitting."
+    )
     return [Table(header, rows, caption)]
+
+
+def gap_change(losses: Mapping[str, Any]) -> float | None:
+    """How far the gap between held-out and training loss opened from the start of the stage to its end."""
+    points = losses.get("checkpoints") or []
+    if len(points) < 2 or any(point.get(name) is None for point in (points[0], points[-1]) for name in LOSSES):
+        return None
+    first, last = (float(point["held_out"] - point["train"]) for point in (points[0], points[-1]))
+    return last - first
+
+
+def _signed(value: float | None) -> str:
+    return score(None) if value is None else f"{value:+.3f}"
+
+
+def _loss_figure(documents: Documents, colors: Colors) -> list[Block]:
+    """Training and held-out loss over the steps of the stage."""
+    panels = []
+    for key, title in LOSSES.items():
+        series = []
+        for label, one in documents.items():
+            points = (one.get("losses") or {}).get("checkpoints") or []
+            points = [point for point in points if point.get(key) is not None]
+            if points:
+                places, values = [point["step"] for point in points], [point[key] for point in points]
+                series.append(Series(label, places, values, colors[label]))
+        if series:
+            panels.append(plots.lines(series, title=title, x="step"))
+    caption = "Loss on training samples and on held-out samples, at the checkpoints of the stage."
+    return [Figure(panels, caption, legend=_legend(documents, colors, panels))] if panels else []
 
 
 def _rank_figure(documents: Documents, colors: Colors) -> list[Block]:
@@ -101,14 +138,10 @@ def _rank_figure(documents: Documents, colors: Colors) -> list[Block]:
 
 def gradient_blocks(documents: Documents, colors: Colors) -> list[Block]:
     """Variance of the gradients and their share of noise: over steps, a panel per part; over depth, norm by norm."""
-    first = next((one["gradients"] for one in documents.values() if _checkpoints(one)), None)
-    if first is None:
+    measured = [one["gradients"] for one in documents.values() if _checkpoints(one)]
+    if not measured:
         return []
-    size = f"{first.get('batches', '?')} fixed batches of {first.get('batch_size', '?')} samples"
-    blocks: list[Block] = [
-        Heading("Variance of gradients"),
-        Text(f"From {size}, at the same steps for every label. {first.get('formula', '')}".strip()),
-    ]
+    blocks: list[Block] = [Heading("Variance of gradients"), *_measured_on(measured)]
     for key, meaning in GRADIENTS.items():
         panels = [
             plots.lines(series, title=part, x="step", y=meaning, log_y=_positive(series))
@@ -124,6 +157,20 @@ def gradient_blocks(documents: Documents, colors: Colors) -> list[Block]:
         blocks += [Figure(panels, caption, legend=_legend(documents, colors, panels))] if panels else []
         caption = f"{meaning.capitalize()} of each norm over depth, at the last checkpoint."
         blocks += [Figure(depth, caption, legend=_legend(documents, colors, depth))] if depth else []
+    return blocks
+
+
+def _measured_on(measured: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """On which batches and when gradients were measured, and that they do not compare where the batches differ."""
+    sizes = {(one.get("batches", "?"), one.get("batch_size", "?")) for one in measured}
+    text = "From {} fixed batches of {} samples".format(*sizes.pop()) if len(sizes) == 1 else "From fixed batches"
+    if len(measured) > 1:
+        alike = len({tuple(point["step"] for point in one["checkpoints"]) for one in measured}) == 1
+        text += ", at the same steps for every label" if alike else ", at steps that differ between labels"
+    blocks: list[Block] = [Text(f"{text}. {measured[0].get('formula', '')}".strip())]
+    if len({one["stream"] for one in measured if one.get("stream")}) > 1:
+        note = "Gradients were measured on different batches (other data, batch size or length): they do not compare."
+        blocks.append(Note(note))
     return blocks
 
 

@@ -60,15 +60,10 @@ def setting(documents: Documents) -> list[Block]:
         rows.append([label, str(one["strategy"]), "" if seed is None else str(seed), str(one["samples"]), stream])
     header = ["run", "strategy", "seed", "held-out samples", "gradient batches"]
     sources = sorted({str(one.get("held_out")) for one in documents.values()})
-    streams = {row[-1] for row in rows if row[-1]}
-    blocks: list[Block] = [
+    return [
         Table(header, rows),
         Text(f"Held-out samples: {', '.join(sources)}. Formulas, controls and their limits: docs/analysis.md."),
     ]
-    if len(streams) > 1:
-        text = "Gradients were measured on different batches (other data, batch size or length): they do not compare."
-        blocks.append(Note(text))
-    return blocks
 
 
 def name_of(model: Mapping[str, Any]) -> str:

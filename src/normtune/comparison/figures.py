@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from normtune.comparison.outcome import Row, over
 from normtune.reporting import Figure, Table, plots
 from normtune.reporting.numbers import human_bytes, interval, rate, score
 from normtune.reporting.palette import assign
 from normtune.reporting.plots import Mark, Series
 
-Row = Mapping[str, Any]
 MOST_ROWS = 20  # of a plot with a row per label: with more nothing can be told apart
-NOTE = "Lines are 95 % intervals over seeds and samples; grey and hollow: controls."
 
 
 def color_of(document: Mapping[str, Any]) -> dict[str, str]:
@@ -46,7 +45,7 @@ def score_figure(document: Mapping[str, Any], colors: Mapping[str, str]) -> list
         ]
         panels.append(plots.points(marks, title="text alone, without images", reference=told[0]["text"]["before"]))
     after = " Dashed: the untuned LLM." if told else ""
-    return [Figure(panels, f"Scores by row. {NOTE}{after}")]
+    return [Figure(panels, f"Scores by row. {note(document)}{after}")]
 
 
 def cost_figure(document: Mapping[str, Any], colors: Mapping[str, str]) -> list[Figure]:
@@ -69,7 +68,11 @@ def cost_figure(document: Mapping[str, Any], colors: Mapping[str, str]) -> list[
         marks = [Mark(row["label"], row["cost"][key], colors[row["label"]]) for row in trained if row["cost"].get(key)]
         if marks:
             panels.append(plots.bars(marks, title=title, form=human_bytes))
-    return [Figure(panels, f"What the scores cost. {NOTE}")]
+    return [Figure(panels, f"What the scores cost. {note(document)} Memory is of one machine, not repeated.")]
+
+
+def note(document: Mapping[str, Any]) -> str:
+    return f"Lines are 95 % intervals {over(document)}. Grey and hollow: controls."
 
 
 def search_figure(search: Mapping[str, Sequence[Row]], colors: Mapping[str, str]) -> list[Figure]:
@@ -91,49 +94,75 @@ def curve_figures(document: Mapping[str, Any]) -> list[Figure]:
     curves, axis = document["curves"], document["axis"] or {"x": "", "log": False}
     named = assign(curve["name"] for curve in curves)
     series = [
-        Series(one["name"], one["x"], one["mean"], named[one["name"]], one["interval"]) for one in curves if one["x"]
+        Series(one["name"], one["x"], one["mean"], named[one["name"]], one["interval"], one.get("failed") or ())
+        for one in curves
+        if one["x"]
     ]
     if not series:
         return []
-    log = axis["log"] and all(place > 0 for one in series for place in one.x)
+    log = axis["log"] and all(place > 0 for one in series for place in [*one.x, *one.missing])
     table = Table(
         ["", axis["x"], "average score", "95 % interval"],
         [
-            [one.label, rate(x) if axis["x"] == "learning rate" else f"{x:,}", score(y), interval(span)]
+            [one.label, place_of(x, axis["x"]), score(y), interval(span)]
             for one in series
             for x, y, span in zip(one.x, one.y, one.intervals or [()] * len(one.x), strict=True)
         ],
     )
     whole = plots.lines(series, title="average score", x=axis["x"], log_x=log, height=300)
-    figures = [
-        Figure(
-            [whole],
-            "Lines at the points are 95 % intervals over seeds and samples.",
-            legend=[(one.label, one.color) for one in series],
-            size="wide",
-            table=table,
-        )
-    ]
+    figure = Figure(
+        [whole],
+        f"Lines at the points are 95 % intervals {over(document)}.{failed_places(curves, axis['x'])}",
+        legend=[(one.label, one.color) for one in series],
+        size="wide",
+        table=table,
+    )
+    return [figure, *band_figure(curves, series, axis["x"], log)]
+
+
+def band_figure(curves: Sequence[Row], series: Sequence[Series], x: str, log: bool) -> list[Figure]:
+    """A panel per curve with its band, all on one scale."""
     bands = {one["name"]: one["band"] for one in curves if one.get("band")}
-    if bands:
-        lowest = min(low for one in series for low, _ in one.intervals or ())
-        highest = max(high for one in series for _, high in one.intervals or ())
-        margin = 0.05 * (highest - lowest) or 0.05
-        panels = [
-            plots.lines(
-                [one],
-                title=f"{one.label}: {bands[one.label]['decades']:.2f} decades",
-                x=axis["x"],
-                log_x=log,
-                shade=(bands[one.label]["low"], bands[one.label]["high"]),
-                limits=(lowest - margin, highest + margin),
-                height=190,
-            )
-            for one in series
-            if one.label in bands
-        ]
-        figures.append(Figure(panels, "Shaded: the band within 2 % of the best, all on one scale."))
-    return figures
+    shown = [one for one in series if one.label in bands]
+    if not shown:
+        return []
+    lowest = min(low for one in series for low, _ in one.intervals or ())
+    highest = max(high for one in series for _, high in one.intervals or ())
+    margin = 0.05 * (highest - lowest) or 0.05
+    panels = [
+        plots.lines(
+            [one],
+            title=f"{one.label}: {band['decades']:.2f} decades{' and on' if band.get('open') else ''}",
+            x=x,
+            log_x=log,
+            shade=(band["low"], band["high"]),
+            limits=(lowest - margin, highest + margin),
+            height=190,
+        )
+        for one in shown
+        for band in [bands[one.label]]
+    ]
+    ends = [
+        f"{name} {'below' if end == 'low' else 'above'} {place_of(band[end], x)}"
+        for name, band in bands.items()
+        for end in band.get("open") or ()
+    ]
+    more = f" “and on”: a band reaches the sweep's end and may go on ({', '.join(ends)})." if ends else ""
+    return [Figure(panels, f"Shaded: the band within 2 % of the best, all on one scale.{more}")]
+
+
+def failed_places(curves: Sequence[Row], x: str) -> str:
+    """Which rows of the curves failed."""
+    failed = [
+        f"{one['name']} at {', '.join(place_of(place, x) for place in one['failed'])}"
+        for one in curves
+        if one.get("failed")
+    ]
+    return f" Crosses on the axis: failed ({'; '.join(failed)})." if failed else ""
+
+
+def place_of(value: float, x: str) -> str:
+    return rate(value) if x == "learning rate" else f"{value:,}"
 
 
 def _mark(row: Row, found: Row, colors: Mapping[str, str], x: float = 0.0) -> Mark:

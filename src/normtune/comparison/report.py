@@ -21,7 +21,8 @@ from normtune.comparison.figures import (
     score_figure,
     search_figure,
 )
-from normtune.reporting import Block, Bullets, Card, Cell, Code, Details, Document, Heading, Note, Table, Text
+from normtune.comparison.outcome import differences, findings, over
+from normtune.reporting import Block, Card, Cell, Code, Details, Document, Heading, Note, Table, Text
 from normtune.reporting.numbers import (
     human_bytes,
     human_seconds,
@@ -73,19 +74,19 @@ def known(labels: Mapping[str, Any], colors: Mapping[str, str]) -> dict[str, str
 
 def setting(document: Mapping[str, Any]) -> list[Block]:
     """What was compared, on what, how often."""
-    seeds, questions = document["seeds"], document["questions"]
     rows = [row for row in document["rows"] if row["baseline"] == "none" and not row["control"]]
     compared = [row["label"] for row in rows]
     if document["curves"] and len(rows) > MOST_ROWS:
         compared = [curve["name"] for curve in document["curves"]]
-    asked = ", ".join(f"{name} ({questions.get(name, 0):,})" for name in document["benchmarks"])
+    asked = ", ".join(f"{name} ({count:,})" for name, count in document["questions"].items())
     facts = [
         ["compared", ", ".join(compared)],
         ["controls", "; ".join(row["label"] for row in document["rows"] if row["control"])],
-        ["seeds", ", ".join(map(str, seeds))],
+        ["seeds", ", ".join(map(str, document["seeds"]))],
+        ["learning rates", rates(document)],
         ["asked", f"{SPLITS.get(document['asked_on'], document['asked_on'])}: {asked}"],
         ["stage 1", "once, the same for every row; then the same batches in the same order"],
-        ["time", f"{human_seconds(document['seconds'])} of training and evaluation"],
+        ["time", worked(document)],
         ["hardware", f"{document['provenance']['cores']} cores of {document['provenance']['processor']}"],
     ]
     equal = document["request"].get("equal")
@@ -96,25 +97,30 @@ def setting(document: Mapping[str, Any]) -> list[Block]:
     return [Table(["", ""], [fact for fact in facts if fact[1]], stacked=True)]
 
 
-def findings(document: Mapping[str, Any]) -> list[Block]:
-    """What came out, in sentences."""
-    told = [*best_of(document), *document["findings"]]
-    return [Heading("What came out"), Bullets(told)] if told else []
+def rates(document: Mapping[str, Any]) -> str:
+    """Where the learning rates come from."""
+    if document["experiment"] == "sweep learning-rate":
+        return "varied here"
+    if document["search"] is None:
+        return "the recipe's, not searched here"
+    return f"searched: {candidates(document['search'])}, on {SPLITS['dev']}, with one seed"
 
 
-def best_of(document: Mapping[str, Any]) -> list[str]:
-    """Who is best on average, if the interval says so."""
-    found = document["winners"].get("average")
-    if not found:
-        return []
-    if found["tied"]:
-        names = ", ".join([found["best"], *found["tied"]])
-        return [f"On average the paired 95 % interval does not tell apart: {names}."]
-    return [f"On average {found['best']} is best; the paired 95 % interval tells it from every other row."]
+def candidates(search: Mapping[str, Sequence[Row]]) -> str:
+    """How many rates each strategy had to choose from."""
+    counts = sorted({len(tried) for tried in search.values()})
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} candidates for each strategy"
+
+
+def worked(document: Mapping[str, Any]) -> str:
+    """How long it took."""
+    wall = document.get("wall_seconds")
+    last = f"; the last invocation took {human_seconds(wall)}" if wall else ""
+    return f"{human_seconds(document['seconds'])} of work (training, questions, analysis){last}"
 
 
 def scores(document: Mapping[str, Any], colors: Mapping[str, str]) -> list[Block]:
-    folded = [*differences(document["rows"]), *benchmark_details(document)]
+    folded = [*differences(document), *benchmark_details(document)]
     return [Heading("Scores"), score_table(document), *score_figure(document, colors), *folded]
 
 
@@ -135,11 +141,12 @@ def score_table(document: Mapping[str, Any]) -> Table:
         for row in rows
     ]
     note = (
-        "Small: 95 % intervals over seeds and samples. ★ best, told from every other row by the paired interval; "
+        f"Small: 95 % intervals {over(document)}. ★ best, told from every other candidate by the paired interval; "
         "≈ not told from the best. Controls are never marked."
     )
     if references:
         note += f" “to {references[0]}”: mean over tasks of score / score of {references[0]}, minus 1."
+        note += "".join(counted(rows, name) for name in references)
     if text:
         note += " Text: questions without an image, and the change against the untuned LLM."
     return Table([*header, *(["text"] if text else [])], cells, note, groups=controls_from(rows))
@@ -175,35 +182,18 @@ def relative(row: Row, name: str) -> Cell:
     return Cell(signed_percent(found["mean"]), f"{100 * low:+.1f} to {100 * high:+.1f}")
 
 
+def counted(rows: Sequence[Row], name: str) -> str:
+    """Of which tasks a relative average is, where the reference scored 0 in others."""
+    found = ((row["relative"] or {}).get(name) or {} for row in rows)
+    tasks = next((one["tasks"] for one in found if one.get("tasks")), None)
+    return f" “to {name}” is of {', '.join(tasks)} alone: {name} scored 0 in the others." if tasks else ""
+
+
 def forgotten(row: Row) -> Cell:
     text = row["text"]
     if not text:
         return Cell("–")
     return Cell(score(text["after"]), "" if text["change"] is None else f"{text['change']:+.3f}")
-
-
-def differences(rows: Sequence[Row]) -> list[Block]:
-    """Paired differences of the average between all rows, folded: who is told from whom."""
-    found: dict[tuple[str, str], tuple[float, float, float]] = {}  # (row, column) -> mean, low, high
-    for row in rows:
-        for other, parts in (row.get("differences") or {}).items():
-            if parts.get("average"):
-                mean, (low, high) = parts["average"]["mean"], parts["average"]["interval"]
-                found[row["label"], other] = mean, low, high
-                found[other, row["label"]] = -mean, -high, -low
-    labels = [row["label"] for row in rows if any(row["label"] in pair for pair in found)]
-    if not labels:
-        return []
-    cells = [[one, *(difference(found.get((one, other))) for other in labels)] for one in labels]
-    note = "Row minus column, with its paired 95 % interval; bold where the interval does not hold zero."
-    return [Details("Differences of the average between rows", [Table(["", *labels], cells, note)])]
-
-
-def difference(found: tuple[float, float, float] | None) -> Cell:
-    if found is None:
-        return Cell("–")
-    mean, low, high = found
-    return Cell(f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", "told" if low > 0 or high < 0 else "")
 
 
 def benchmark_details(document: Mapping[str, Any]) -> list[Block]:
@@ -240,10 +230,11 @@ def costs(document: Mapping[str, Any], colors: Mapping[str, str]) -> list[Block]
     header = ["", "learning rate", "trained", "of all", "adapter", "peak", "saved", "step", "moved", "last loss"]
     cells = [[row["label"], rate_of(row), *cost_cells(row["cost"])] for row in rows]
     peak = rows[0]["cost"]["peak_of"]
+    each = "medians over the seeds" if any(len(row["seeds"]) > 1 for row in rows) else "one training each"
     note = (
         f"Trained parameters and their share; the adapter on disk; peak {peak}; bytes that autograd saves for backward "
-        "of one micro-batch; median time of a step; share of the gains that moved; loss of the last step. Times and "
-        "memory are medians over the seeds."
+        "of one micro-batch; time of a step, median and quartiles; share of the gains that moved; mean loss of the "
+        f"last ten steps. Times and memory are of one machine, not repeated ({each})."
     )
     table = Table(header, cells, note, groups=controls_from(rows))
     return [Heading("Cost"), table, *cost_figure(document, colors)]
@@ -253,15 +244,16 @@ def rate_of(row: Row) -> str:
     return "–" if row["learning_rate"] is None else rate(row["learning_rate"])
 
 
-def cost_cells(cost: Row) -> list[str]:
+def cost_cells(cost: Row) -> list[str | Cell]:
     moved = cost.get("moved_percent")
+    quartiles = "–".join(f"{1000 * seconds:.0f}" for seconds in cost.get("step_quartiles") or ())
     return [
         f"{cost['trainable_parameters']:,}",
         f"{cost['percent']:.3g} %",
         human_bytes(cost["adapter_bytes"]),
         human_bytes(cost["peak_bytes"]),
         human_bytes(cost["saved_bytes"]),
-        f"{1000 * cost['step_seconds']:.0f} ms",
+        Cell(f"{1000 * cost['step_seconds']:.0f} ms", quartiles),
         "–" if moved is None else f"{moved:.1f} %",
         score(cost["last_loss"]),
     ]
@@ -282,8 +274,7 @@ def search(document: Mapping[str, Any], colors: Mapping[str, str]) -> list[Block
         for name, tried in found.items()
         for one in tried
     ]
-    count = max(len(tried) for tried in found.values())
-    note = f"{count} candidates per strategy, scored on the validation split alone; ✓ the rate that was chosen."
+    note = f"{candidates(found).capitalize()}, scored on the validation split alone; ✓ the rate that was chosen."
     table = Table(["", "learning rate", "average", *document["benchmarks"]], cells)
     return [
         Heading("Learning rates"),
@@ -324,7 +315,12 @@ def claims(document: Mapping[str, Any]) -> list[Block]:
     ]
     return [
         Heading("The paper's claims"),
-        Table(["claim", "in the paper", "verdict", "here"], rows, SOURCES, stacked=True),
+        Table(
+            ["claim", "in the paper", "verdict", "here"],
+            rows,
+            f"{SOURCES} Intervals: 95 %, {over(document)}.",
+            stacked=True,
+        ),
     ]
 
 
@@ -332,15 +328,18 @@ def failures(document: Mapping[str, Any]) -> list[Block]:
     rows = [[row["label"], str(one["seed"]), one["error"]] for row in document["rows"] for one in row["failed"]]
     if not rows:
         return []
-    note = "Rows with a failed seed rest on the seeds that finished. The same command tries the failed ones again."
+    note = (
+        "Rows with a failed seed rest on the seeds that finished; where one is left, the spread over trainings is not "
+        "in their intervals. The same command tries the failed ones again."
+    )
     return [Heading("Failed"), Note(note), Table(["row", "seed", "error"], rows, stacked=True)]
 
 
 def reproduction(document: Mapping[str, Any]) -> list[Block]:
-    started = f", started {document['started']}" if document.get("started") else ""
+    started = f"; started {document['started']}" if document.get("started") else ""
     return [
         Heading("Reproduce"),
         Code(document["command"]),
-        Text(f"{human_seconds(document['seconds'])} on {machine(document['provenance'])}{started}."),
+        Text(f"{worked(document)}. {machine(document['provenance'])}{started}."),
         Details(f"recipe (hash {document['recipe_hash']})", [Code(document["recipe"])]),
     ]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MARKS = {
-    "best": "best: the paired 95 % interval tells it from every other row",
+    "best": "best: the paired 95 % interval tells it from every other candidate",
     "tied": "not told from the best by the paired 95 % interval",
     "good": "held",
     "bad": "did not hold",

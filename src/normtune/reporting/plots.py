@@ -32,13 +32,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of `lines`: y over x, with an interval per point or none."""
+    """A line of `lines`: y over x, with an interval per point or none; `missing` are places x without a value."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     color: str = "s0"
     intervals: Sequence[Span] | None = None
+    missing: Sequence[float] = ()
 
 
 @plot
@@ -122,7 +123,8 @@ def lines(
     height: float = 230,
     marked: bool = True,
 ) -> float:
-    """Lines with intervals; `shade` is a range of x that is set off, `limits` the range of y (to compare panels)."""
+    """Lines with intervals, a cross on the axis where a value is missing; `shade` is a range of x that is set off,
+    `limits` the range of y (to compare panels)."""
     if shade:
         axes.axvspan(*shade, color=COLORS["accent"], alpha=0.14, linewidth=0)
     for one in series:
@@ -130,9 +132,10 @@ def lines(
         axes.plot(one.x, one.y, color=COLORS[one.color], marker=mark, markeredgewidth=0)
         for place, span in zip(one.x, one.intervals or (), strict=False):
             axes.plot([place, place], span, color=COLORS[one.color], linewidth=1.3, alpha=0.6)
+        _crosses(axes, one)
     if log_x:
         axes.set_xscale("log")
-        _log_ticks(axes.xaxis, [place for one in series for place in one.x])
+        _log_ticks(axes.xaxis, [place for one in series for place in [*one.x, *one.missing]])
     else:
         _few_ticks(axes.xaxis, 5)
     if log_y:
@@ -213,6 +216,22 @@ def _marker(axes: Any, x: float, y: float, color: str) -> None:
         markeredgewidth=1.4 if hollow else 0.7,
         clip_on=False,
         zorder=3,
+    )
+
+
+def _crosses(axes: Any, series: Series) -> None:
+    """Where a series has no value, at the foot of the plot."""
+    axes.plot(
+        series.missing,
+        [0.0] * len(series.missing),
+        transform=axes.get_xaxis_transform(),
+        linestyle="",
+        marker="x",
+        markersize=7,
+        markeredgecolor=COLORS[series.color],
+        markeredgewidth=1.8,
+        clip_on=False,
+        zorder=4,
     )
 
 
