@@ -87,7 +87,7 @@ def _similarity_table(documents: Documents) -> list[Block]:
     caption = (
         "Means over all pairs of different layers. Gap: held-out minus training loss at the end. It says little where "
         "held-out samples are of another kind than the training data; its change from the start of the stage to its "
-        "end is what tells overfitting."
+        "end is what tells overfitting, compared between rows."
     )
     return [Table(header, rows, caption)]
 
