@@ -14,13 +14,14 @@ import pytest
 
 from asked import write_benchmarks
 from normtune.comparison.claims import CLAIMS, claims
-from normtune.comparison.statistics import band, load_statistics, summarize
+from normtune.comparison.statistics import band, load_statistics, summarize, widening
 from normtune.errors import InputError
 from normtune.evaluation import Settings
 from normtune.evaluation.questions import ask
 from normtune.tasks import TASKS, Statistics, difference, intervals
 
 Marks = Sequence[float]
+WIDE = (3 / 2) ** 0.5 * 4.303 / 1.96  # of three seeds
 
 
 def share(totals: np.ndarray) -> dict[str, np.ndarray]:
@@ -55,10 +56,50 @@ def test_one_seed_has_the_interval_of_its_images() -> None:
 
 def test_without_spread_over_images_the_interval_is_that_of_three_seeds() -> None:
     """All images of a seed score alike. Of the 27 draws of three seeds one has the lowest alone (3.7 %), so that the
-    2.5th percentile is the lowest seed; for the 97.5th likewise."""
-    rows, _ = summarize({"a": row(pope=[[0.2] * 9, [0.9] * 9, [0.5] * 9])}, resamples=4000)
-    assert rows["a"]["scores"]["pope"]["interval"] == pytest.approx([0.2, 0.9])
-    assert rows["a"]["scores"]["pope"]["mean"] == pytest.approx(1.6 / 3)
+    2.5th percentile is the lowest seed; for the 97.5th likewise. Both are moved away from the mean by WIDE."""
+    rows, _ = summarize({"a": row(pope=[[0.48] * 9, [0.57] * 9, [0.51] * 9])}, resamples=4000)
+    expected = [0.52 - 0.04 * WIDE, 0.52 + 0.05 * WIDE]
+    assert rows["a"]["scores"]["pope"]["interval"] == pytest.approx(expected)
+    assert rows["a"]["scores"]["pope"]["mean"] == pytest.approx(0.52)
+    rows, _ = summarize({"a": row(pope=[[0.2] * 9, [0.9] * 9, [0.5] * 9])})
+    assert rows["a"]["scores"]["pope"]["interval"] == rows["a"]["average"]["interval"] == [0, 1]  # a share stays one
+
+
+@pytest.mark.parametrize(
+    "seeds, expected", [(1, 1.0), (2, 9.1678), (3, WIDE), (5, 1.5837), (31, 1.0591), (400, 1.00125)]
+)
+def test_few_seeds_tell_their_own_spread_badly(seeds: int, expected: float) -> None:
+    assert widening(seeds) == pytest.approx(expected, rel=1e-3)
+
+
+def test_two_equal_strategies_are_seldom_told_apart() -> None:
+    """Three seeds of one normal distribution each: without the widening 23 % of the intervals leave out 0."""
+    generator, apart, trials = np.random.default_rng(0), 0, 300
+    for _ in range(trials):
+        scores = generator.normal(0.6, 0.02, (2, 3))
+        cells = {label: row(pope=[[mean] * 2 for mean in own]) for label, own in zip("ab", scores, strict=True)}
+        low, high = summarize(cells, resamples=200)[0]["a"]["differences"]["b"]["pope"]["interval"]
+        apart += not low <= 0 <= high
+    assert apart <= 0.08 * trials
+
+
+def test_what_seeds_do_to_two_rows_alike_cancels() -> None:
+    marks = np.array([0.3, 0.5, 0.9])[:, None] * np.ones(6)
+    rows, winners = summarize({"a": row(pope=marks.tolist()), "b": row(pope=(marks - 0.01).tolist())})
+    found = rows["a"]["differences"]["b"]["pope"]
+    assert found == {"mean": pytest.approx(0.01), "interval": pytest.approx([0.01, 0.01])}
+    assert winners["pope"] == {"best": "a", "tied": []}
+    assert rows["a"]["interval_over"] == ["seeds", "images"]
+    assert summarize({"a": row(pope=marks[:1].tolist())})[0]["a"]["interval_over"] == ["images"]
+
+
+def test_a_row_of_which_seeds_failed_does_not_win() -> None:
+    """Its bad seed may be the one that failed. It is named where the best one is not told from it."""
+    marks = [[0.9] * 6, [0.92] * 6, [0.1] * 6]
+    cells = {"lucky": row(pope=marks[:2]), "a": row(pope=marks), "b": row(pope=[[0.2] * 6] * 3)}
+    _, winners = summarize(cells)
+    assert winners["pope"]["best"] == "a" and "lucky" in winners["pope"]["tied"]
+    assert summarize({label: cells[label] for label in ("lucky", "a")})[1] == {}
 
 
 def test_seeds_and_images_together() -> None:
@@ -66,7 +107,10 @@ def test_seeds_and_images_together() -> None:
     generator = np.random.default_rng(5)
     marks = generator.binomial(1, 0.5, (3, 40)) * generator.uniform(0.6, 1.0, (3, 1))
     rows, _ = summarize({"a": row(pope=marks.tolist())}, resamples=6000)
-    direct = [marks[generator.integers(0, 3, 3)][:, generator.integers(0, 40, 40)].mean() for _ in range(6000)]
+    direct = []
+    for _ in range(6000):
+        seeds, images = generator.integers(0, 3, 3), generator.integers(0, 40, 40)
+        direct.append(marks[seeds][:, images].mean() + (WIDE - 1) * (marks[seeds].mean() - marks.mean()))
     assert rows["a"]["scores"]["pope"]["interval"] == pytest.approx(np.percentile(direct, [2.5, 97.5]), abs=0.012)
 
 
@@ -117,6 +161,7 @@ def test_a_task_in_which_the_reference_scores_nothing_has_no_ratio() -> None:
     zero, some = [[0.0] * 8], [[0.5] * 8]
     rows, _ = summarize({"lora": row(pope=zero, coco=some), "a": row(pope=some, coco=some)})
     assert rows["a"]["relative"]["lora"]["mean"] == pytest.approx(0)
+    assert rows["a"]["relative"]["lora"]["tasks"] == ["coco"]  # said, as pope is in the average
     rows, _ = summarize({"lora": row(pope=zero), "a": row(pope=some)})
     assert rows["a"]["relative"] == {}
     rare = [[1.0] + [0.0] * 7]  # 0 in a third of the resamples: no ratio there, and no nan in the interval
@@ -125,7 +170,8 @@ def test_a_task_in_which_the_reference_scores_nothing_has_no_ratio() -> None:
 
 
 def test_a_row_that_lacks_a_benchmark_has_no_average() -> None:
-    cells = {"a": row(pope=[[1, 0]], coco=[[1, 1]]), "b": row(pope=[[1, 1]]), "c": row(pope=[[1, 1]], coco=[[0, 1]])}
+    whole, half = [[1, 1]] * 2, [[1, 0]] * 2
+    cells = {"a": row(pope=half, coco=whole), "b": row(pope=whole), "c": row(pope=whole, coco=half)}
     cells["d"] = {**cells["c"], 1: {"pope": of([1, 1])}}  # in one of its seeds
     rows, winners = summarize(cells)
     assert rows["b"]["average"] is None and rows["b"]["relative"] == {} and "coco" not in rows["d"]["scores"]
@@ -161,7 +207,13 @@ def test_many_rows_have_no_differences_and_nothing_is_nothing() -> None:
     assert all(not own["differences"] for own in rows.values()) and winners["pope"]["best"] == "24"
     assert summarize({}) == ({}, {})
     rows, _ = summarize({"a": {}, "b": row(pope=[[1, 0]])})
-    assert rows["a"] == {"scores": {}, "average": None, "relative": {}, "differences": {"b": {}}}
+    assert rows["a"] == {
+        "scores": {},
+        "average": None,
+        "relative": {},
+        "differences": {"b": {}},
+        "interval_over": ["images"],
+    }
 
 
 def test_what_it_says_is_json() -> None:

@@ -1,14 +1,17 @@
 """How sure the table is: scores of rows with intervals over seeds and images, paired differences, and what is best.
 
 Scope: percentile bootstrap in which each resample draws the seeds with replacement and, for each benchmark, the images
-with replacement within strata; the same draws for all rows, so that what all rows share cancels in differences. With
-three seeds there are ten different draws of them: the spread over seeds is told roughly. Not here: sums per image
-(`tasks`), which rows there are. Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13; seeds
-and images as crossed factors: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1(2), 2007.
+with replacement within strata; the same draws for all rows, so that what all rows share cancels in differences. What
+the draw of seeds adds to a resample is widened by `widening`, since few seeds tell their own spread badly; one seed
+tells nothing of it. Not here: sums per image (`tasks`), which rows there are. Source: Efron and Tibshirani, An
+Introduction to the Bootstrap, 1993, chapter 13; seeds and images as crossed factors: Owen, The pigeonhole bootstrap,
+Annals of Applied Statistics 1(2), 2007; the widening: Hesterberg, What Teachers Should Know About the Bootstrap, The
+American Statistician 69(4), 2015 (narrowness bias, t quantile).
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +27,13 @@ from normtune.tasks.bootstrap import RESAMPLES, aligned, percentiles, resampled
 REFERENCES = ("lora", "full")
 TEXT = "text"  # what the model knew before it saw images: beside the average, not in it
 AVERAGE = "average"
+# the 97.5 % quantile of Student's t with 1, 2, ... degrees of freedom; NORMAL beyond
+STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+NORMAL = 1.96
 MOST_PAIRED = 24  # rows of which every pair is compared
 Results = Mapping[int, Mapping[str, Statistics]]  # seed -> benchmark -> sums per image
 
@@ -46,6 +56,10 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         return {"mean": self.mean, "interval": self.interval}
+
+    def to_share(self) -> dict[str, Any]:
+        """Of a figure between 0 and 1, which a widened interval may leave."""
+        return {"mean": self.mean, "interval": [min(1.0, max(0.0, end)) for end in self.interval]}
 
 
 def mean_of(estimates: Iterable[Estimate]) -> Estimate:
@@ -75,11 +89,12 @@ def summarize(
     Returns:
         By label {"scores": {benchmark: {"mean", "interval", "per_seed", "figures"}}, "average": {"mean", "interval"},
         "relative": {reference: {"mean", "interval"}}, "differences": {a later row: {benchmark or "average":
-        {"mean", "interval"}}}}. The average is that of the benchmarks' headline scores without `text`, None for a row
-        that lacks one; a relative average is the mean over these benchmarks of score / reference's score, minus 1. Of
-        more than MOST_PAIRED rows there are no differences.
-        Winners: {benchmark or "average": {"best": label, "tied": labels}}: the highest mean among two rows or more, and
-        all from which its paired 95 % interval does not tell it.
+        {"mean", "interval"}}}, "interval_over": ["images"] with one seed, else ["seeds", "images"]}. The average is
+        that of the benchmarks' headline scores without `text`, None for a row that lacks one; a relative average is the
+        mean over these benchmarks of score / reference's score, minus 1, and names its "tasks" where the reference
+        scores 0 in others. Of more than MOST_PAIRED rows there are no differences.
+        Winners: {benchmark or "average": {"best": label, "tied": labels}}: the highest mean among two rows or more that
+        have as many seeds as any candidate, and all candidates that its paired 95 % interval does not put below it.
 
     Raises:
         InputError: rows that were not asked the same questions.
@@ -96,12 +111,15 @@ def summarize(
         later = dict(list(headlines.items())[number + 1 :]) if len(headlines) <= MOST_PAIRED else {}
         rows[label] = {
             "scores": {name: score_of(figures[label][name], cells[label], name) for name in names if name in own},
-            "average": own[AVERAGE].to_dict() if AVERAGE in own else None,
+            "average": own[AVERAGE].to_share() if AVERAGE in own else None,
             "relative": relatives(own, {ref: headlines[ref] for ref in references if ref in headlines}, tasks),
             "differences": {other: differences(own, theirs, [*tasks, AVERAGE]) for other, theirs in later.items()},
+            "interval_over": ["seeds", "images"] if len(cells[label]) > 1 else ["images"],
         }
     candidates = {label: own for label, own in headlines.items() if label not in controls}
-    return rows, winners_of(candidates, [*tasks, AVERAGE])
+    most = max((len(cells[label]) for label in candidates), default=0)
+    whole = {label for label in candidates if len(cells[label]) == most}  # a row that lost its bad seeds must not win
+    return rows, winners_of(candidates, whole, [*tasks, AVERAGE])
 
 
 def estimates_of(cells: Mapping[str, Results], resamples: int) -> dict[str, dict[str, dict[str, Estimate]]]:
@@ -123,9 +141,8 @@ def estimates_of(cells: Mapping[str, Results], resamples: int) -> dict[str, dict
                 continue
             values = [members[label, seed].totals() for seed in by_seed]
             found[label][name] = {
-                figure: Estimate(
-                    float(np.mean([own[figure] for own in values])),
-                    (np.stack([drawn[label, seed][figure] for seed in by_seed], axis=1) * weights[label]).sum(axis=1),
+                figure: over_seeds(
+                    [own[figure] for own in values], [drawn[label, seed][figure] for seed in by_seed], weights[label]
                 )
                 for figure in values[0]
             }
@@ -151,10 +168,28 @@ def seed_weights(seeds: Mapping[str, Sequence[int]], resamples: int) -> dict[str
     return found
 
 
+def over_seeds(values: Sequence[float], drawn: Sequence[np.ndarray], weights: np.ndarray) -> Estimate:
+    """The mean over a row's seeds: of each its value, and its values under the resamples of the images, [R] each, with
+    the weights [R, seeds] of the drawn seeds. How far a draw of seeds moves the mean over all images is widened; this
+    is linear in the values, so that what rows of the same seeds share still cancels."""
+    mean = float(np.mean(values))
+    moved = weights @ np.asarray(values) - mean
+    return Estimate(mean, (np.stack(drawn, axis=1) * weights).sum(axis=1) + (widening(len(values)) - 1) * moved)
+
+
+def widening(seeds: int) -> float:
+    """By how much a bootstrap over so few seeds is too narrow: sqrt(n / (n - 1)), as it divides by n, times the
+    quantile of Student's t over the normal one, as the spread is itself an estimate."""
+    if seeds < 2:
+        return 1.0  # all the weight is on the one seed
+    quantile = STUDENT[seeds - 2] if seeds - 2 < len(STUDENT) else NORMAL
+    return math.sqrt(seeds / (seeds - 1)) * quantile / NORMAL
+
+
 def score_of(figures: Mapping[str, Estimate], by_seed: Results, name: str) -> dict[str, Any]:
     """A benchmark's part of a row."""
     return {
-        **figures["score"].to_dict(),
+        **figures["score"].to_share(),
         "per_seed": {str(seed): own[name].totals()["score"] for seed, own in by_seed.items()},
         "figures": {figure: estimate.to_dict() for figure, estimate in figures.items() if figure != "score"},
     }
@@ -168,9 +203,10 @@ def relatives(
     for label, reference in references.items():
         if AVERAGE not in own or AVERAGE not in reference:
             continue
-        ratios = [ratio(own[name], reference[name]) for name in tasks if reference[name].mean > 0]
-        if ratios:
-            found[label] = mean_of(ratios).to_dict()
+        used = [name for name in tasks if reference[name].mean > 0]
+        if used:
+            found[label] = mean_of(ratio(own[name], reference[name]) for name in used).to_dict()
+            found[label] |= {"tasks": used} if len(used) < len(tasks) else {}
     return found
 
 
@@ -188,14 +224,17 @@ def differences(
     return {name: (own[name] - other[name]).to_dict() for name in names if name in own and name in other}
 
 
-def winners_of(rows: Mapping[str, Mapping[str, Estimate]], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """See `summarize`."""
+def winners_of(
+    rows: Mapping[str, Mapping[str, Estimate]], whole: Collection[str], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """See `summarize`; `whole` are the rows that may be best."""
     found = {}
     for name in names:
         scored = {label: own[name] for label, own in rows.items() if name in own}
-        if len(scored) < 2:
+        able = [label for label in scored if label in whole]
+        if len(able) < 2:
             continue
-        best = max(scored, key=lambda label: scored[label].mean)
+        best = max(able, key=lambda label: scored[label].mean)
         tied = [label for label, own in scored.items() if label != best and (scored[best] - own).interval[0] <= 0]
         found[name] = {"best": best, "tied": tied}
     return found
