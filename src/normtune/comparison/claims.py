@@ -3,7 +3,7 @@
 Scope: a table of claims, each with a function of the result document. The claims are about LLaMA-2 7B and 13B; what
 another model and other data say of them is an observation there, not a replication. An ordering holds where the 95 %
 interval of the difference is above 0, and does not where it stays below SMALL; an interval that has room for both
-tells nothing.
+tells nothing. Figures of one run each have no interval: they have to be SMALL apart. docs/comparison.md has the rules.
 Source: PAPER (Zhao et al., arXiv 2312.11420): [S] its abstract or a summary of it, [C] quoted by a later paper, [D]
 derived by arithmetic. Nothing is read but the document.
 """
@@ -15,12 +15,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import yaml
+
 from normtune.reporting.numbers import human_bytes, signed_percent
 
 Verdict = Literal["held", "did not hold", "not testable here"]
 Report = Mapping[str, Any]
 Found = tuple[Verdict, str]
+Figure = tuple[float | None, str]  # and what is said of it
 SMALL = 0.02  # of the other's score: less is no advantage worth the name
+MUCH_MORE = 2  # times the samples
 HELD: Verdict = "held"
 FAILED: Verdict = "did not hold"
 OPEN: Verdict = "not testable here"
@@ -55,35 +59,43 @@ def beats_lora(report: Report) -> Found:
     low, high = relative["interval"]
     span = f"{signed_percent(low)} to {signed_percent(high)}"
     here = f"average of the tasks relative to lora {signed_percent(relative['mean'])} ({span})"
-    return told(low, high, SMALL), here
+    if relative.get("tasks"):
+        return OPEN, f"{here}, of {', '.join(relative['tasks'])} alone: lora scores 0 elsewhere"
+    return told(low, high, SMALL), here + slight(low, high, SMALL)
 
 
 def fewer_parameters(report: Report) -> Found:
-    return cheaper(report, "trainable_parameters", "trainable parameters")
+    """A matter of arithmetic, on which no run has a say."""
+    verdict, here = cheaper(report, "trainable_parameters", "trainable parameters")
+    if verdict == OPEN:
+        return verdict, here
+    stages = (yaml.safe_load(report.get("recipe") or "") or {}).get("stages")
+    rank = f"; LoRA of rank {stages[-1]['lora']['rank']}" if stages else ""
+    return verdict, f"{here}; counted, not measured{rank}"
 
 
 def less_memory(report: Report) -> Found:
     """On a GPU; elsewhere the resident memory of a process holds much that is no tensor of the training."""
-    verdict, here = cheaper(report, "peak_bytes", "peak memory")
+    verdict, here = cheaper(report, "peak_bytes", "peak memory", SMALL)
     row = strategy(report, "layernorm")
-    if row is None or verdict == OPEN or "GPU" in row["cost"]["peak_of"]:
+    if row is None or (verdict, here) == lacking("layernorm and lora") or "GPU" in row["cost"]["peak_of"]:
         return verdict, here
     _, kept = cheaper(report, "saved_bytes", "tensors kept for backward")
     return OPEN, f"no GPU: {row['cost']['peak_of']} was measured. {here}; {kept}"
 
 
-def cheaper(report: Report, key: str, what: str) -> Found:
-    """Whether `layernorm` needs less of something than `lora`."""
+def cheaper(report: Report, key: str, what: str, margin: float = 0.0) -> Found:
+    """Whether `layernorm` needs less of something than `lora`, by `margin` at least."""
     rows = [strategy(report, "layernorm"), strategy(report, "lora")]
     costs = [(row or {}).get("cost") or {} for row in rows]
     if not all(cost.get(key) for cost in costs):
         return lacking("layernorm and lora")
     ours, theirs = (cost[key] for cost in costs)
     text = [human_bytes(size) if key.endswith("bytes") else f"{size:,}" for size in (ours, theirs)]
-    return (
-        HELD if ours < theirs else FAILED,
-        f"{what} {text[0]} against {text[1]} ({signed_percent(ours / theirs - 1)})",
-    )
+    here = f"{what} {text[0]} against {text[1]} ({signed_percent(ours / theirs - 1)})"
+    if margin and not apart(ours, theirs, margin):
+        return OPEN, f"{here}, within {100 * margin:.0f} %"
+    return HELD if ours < theirs else FAILED, here
 
 
 def fits_one_gpu(report: Report) -> Found:
@@ -91,43 +103,57 @@ def fits_one_gpu(report: Report) -> Found:
 
 
 def simple_on_mme(report: Report) -> Found:
-    rows = strategy(report, "layernorm"), strategy(report, "layernorm-simple")
-    if rows[0] is None or rows[1] is None or not all(row and "mme" in row["scores"] for row in rows):
+    """Paired differences are there of the headline alone; of the paper's two figures there are the means."""
+    rows = [row for row in (strategy(report, name) for name in ("layernorm", "layernorm-simple")) if row]
+    if len(rows) < 2 or not all("mme" in row["scores"] for row in rows):
         return lacking("layernorm and layernorm-simple with mme")
-    figures = [
-        [number(row["scores"]["mme"]["figures"], name) for name in ("perception", "cognition")] for row in rows if row
-    ]
-    text = "perception / cognition {} / {} against {} / {}".format(*figures[0], *figures[1])
-    verdict, here = ordered(report, [row["label"] for row in rows if row], "mme")
-    return verdict, f"{text}; MME score: {here}"
+    ours, theirs = (row["scores"]["mme"]["figures"] for row in rows)
+    verdict, headline = ordered(report, [row["label"] for row in rows], "mme")
+    names = ("perception", "cognition")
+    pairs = [" / ".join(number(figures, name) for name in names) for figures in (ours, theirs)]
+    here = f"perception / cognition {pairs[0]} against {pairs[1]}; MME accuracy, paired: {headline}"
+    missing = [name for name in names if name not in ours or name not in theirs]
+    if missing:
+        return OPEN, f"{here}; {' and '.join(missing)} not asked"
+    above = all(ours[name]["mean"] > theirs[name]["mean"] for name in names)
+    here += "; by the means of both figures and the paired difference of the accuracy"
+    return verdict if above == (verdict == HELD) else OPEN, here
 
 
 def norms_and_connector(report: Report) -> Found:
-    """In a table of strategies, and under each encoder of a sweep."""
+    """In a table of strategies, and under each encoder of a sweep: every pair of the three that is there."""
     wanted = (("norms+connector", "connector+norms"), ("layernorm-simple", "norms"), ("connector",))
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for row in candidates(report) if report["experiment"] in ("strategies", "sweep vision") else ():
         groups.setdefault(row["factors"].get("encoder"), []).append(row)
-    found = []
+    found, whole = [], True
     for rows in groups.values():
         names = {row["factors"]["strategy"]: row["label"] for row in reversed(rows)}
         labels = [next((names[name] for name in alike if name in names), None) for alike in wanted]
-        if all(labels):
-            found.append(ordered(report, [label for label in labels if label]))
+        whole = whole and all(labels)
+        pairs = itertools.combinations([label for label in labels if label], 2)
+        found += [ordered(report, pair) for pair in pairs]
     if not found:
         return lacking("norms+connector, layernorm-simple and connector")
-    return together([verdict for verdict, _ in found]), "; ".join(here for _, here in found)
+    verdict, here = together([verdict for verdict, _ in found]), "; ".join(here for _, here in found)
+    if verdict == FAILED or whole:
+        return verdict, here
+    return OPEN, f"{here}; needs norms+connector, layernorm-simple and connector"
 
 
 def conversations_suffice(report: Report) -> Found:
+    """The claim is about four times the samples: a match at equal samples says nothing of it."""
     ours, theirs = kind(report, "conversation"), kind(report, "mixed")
     found = difference(report, ours, theirs) if ours and theirs else None
     if not ours or not theirs or found is None:
         return OPEN, "needs the kinds conversation and mixed (`--kinds conversation,...,mixed`)"
     small = SMALL * theirs["average"]["mean"]
     verdict = HELD if found[1] > -small else FAILED if found[2] < 0 else OPEN
-    equal = report["request"].get("equal", "samples")
-    return verdict, f"at equal {equal}: {shown(ours['label'], theirs['label'], found)}"
+    samples = [row["factors"].get("samples") or 0 for row in (ours, theirs)]
+    here = f"{samples[0]:,} samples against {samples[1]:,}: {shown(ours['label'], theirs['label'], found)}"
+    if verdict == HELD and not 0 < MUCH_MORE * samples[0] <= samples[1]:
+        return OPEN, f"{here}; a match needs mixed to have {MUCH_MORE} times the samples or more"
+    return verdict, here
 
 
 def details_worst(report: Report) -> Found:
@@ -136,7 +162,11 @@ def details_worst(report: Report) -> Found:
     if report["experiment"] != "kinds" or worst is None or not others:
         return OPEN, "needs the kind detail and others (`--kinds conversation,detail,reasoning`)"
     found = [ordered(report, [row["label"], worst["label"]]) for row in others]
-    return together([verdict for verdict, _ in found]), "; ".join(here for _, here in found)
+    verdict, here = together([verdict for verdict, _ in found]), "; ".join(here for _, here in found)
+    missing = [name for name in ("conversation", "reasoning") if kind(report, name) is None]
+    if verdict == HELD and missing:
+        return OPEN, f"{here}; needs the kind {' and '.join(missing)} as well"
+    return verdict, here
 
 
 def lower_similarity(report: Report) -> Found:
@@ -144,33 +174,52 @@ def lower_similarity(report: Report) -> Found:
     if documents is None:
         return lacking("an analysis of layernorm and of full")
     pairs = {
-        tokens: [(one.get("similarity") or {}).get(tokens, {}).get("mean_cosine") for one in documents]
+        f"mean cosine of {tokens} tokens": [
+            ((one.get("similarity") or {}).get(tokens, {}).get("mean_cosine"), "") for one in documents
+        ]
         for tokens in ("image", "text")
     }
-    return lower(pairs, "mean cosine of {} tokens")
+    return lower(pairs)
 
 
 def lower_variance(report: Report) -> Found:
-    """Of the gradients of the same gains, which both analyses hold, as a mean over the checkpoints."""
+    """Of the gradients of the same gains, which both analyses hold, at the last checkpoint: at the first one all rows
+    are the same model."""
     documents = analyzed(report)
     if documents is None:
         return lacking("an analysis of layernorm and of full")
-    means = []
+    pair: list[Figure] = []
     for one in documents:
-        points = (one.get("gradients") or {}).get("checkpoints") or []
-        values = [point["parts"]["norms"]["variance"] for point in points if "norms" in point["parts"]]
-        means.append(sum(values) / len(values) if values else None)
-    return lower({"gains": means}, "variance of the gradients of the {}")
+        points = (one.get("gradients") or {}).get("checkpoints") or [{}]
+        gains = points[-1].get("parts", {}).get("norms", {})
+        noise = gains.get("share")
+        said = "" if noise is None else f" ({100 * noise:.0f} % noise)"
+        pair.append((gains.get("variance"), said))
+    return lower({"variance of the gradients of the gains at the last checkpoint": pair})
 
 
-def lower(pairs: Mapping[str, Sequence[float | None]], what: str) -> Found:
-    """Whether the first figure of every pair is below the second; one run each, so without an interval."""
-    there = {name: pair for name, pair in pairs.items() if None not in pair}
-    if not there:
+def lower(pairs: Mapping[str, Sequence[Figure]]) -> Found:
+    """Whether the first of every pair of figures, each with a remark, is below the second; one run each, so without an
+    interval."""
+    texts, signs = [], []
+    for what, ((ours, noted), (theirs, remarked)) in pairs.items():
+        if ours is not None and theirs is not None:
+            texts.append(f"{what} {ours:.3g}{noted} against {theirs:.3g}{remarked}")
+            signs.append(apart(ours, theirs))
+    if not texts:
         return OPEN, "the analyses do not hold the figures"
-    text = [f"{what.format(name)} {ours:.3g} against {theirs:.3g}" for name, (ours, theirs) in there.items()]
-    held = all(ours < theirs for ours, theirs in there.values())  # type: ignore[operator]
-    return HELD if held else FAILED, f"{'; '.join(text)} (full); one run each, no interval"
+    here = f"{'; '.join(texts)} (full); one run each"
+    if 0 in signs:
+        return OPEN, f"{here}, within {100 * SMALL:.0f} %"
+    if len(set(signs)) > 1:
+        return OPEN, f"{here}, and they do not agree"
+    return HELD if signs[0] < 0 else FAILED, f"{here}, no interval"
+
+
+def apart(ours: float, theirs: float, margin: float = SMALL) -> int:
+    """-1 or 1: ours is lower or higher by `margin` of theirs at least; 0: neither."""
+    gap = ours - theirs
+    return 0 if gap == 0 or abs(gap) < margin * abs(theirs) else 1 if gap > 0 else -1
 
 
 def strategy(report: Report, name: str) -> Mapping[str, Any] | None:
@@ -227,14 +276,20 @@ def ordered(report: Report, labels: Sequence[str], name: str = "average") -> Fou
         if found is None:
             return OPEN, "the document holds no paired differences of these rows"
         score = rows[other]["average"] if name == "average" else rows[other]["scores"][name]
-        verdicts.append(told(found[1], found[2], SMALL * score["mean"]))
-        texts.append(shown(one, other, found))
+        small = SMALL * score["mean"]
+        verdicts.append(told(found[1], found[2], small))
+        texts.append(shown(one, other, found) + slight(found[1], found[2], small))
     return together(verdicts), "; ".join(texts)
 
 
 def told(low: float, high: float, small: float) -> Verdict:
     """Of an interval of an advantage; see the module."""
     return HELD if low > 0 else FAILED if high < small else OPEN
+
+
+def slight(low: float, high: float, small: float) -> str:
+    """Said of an advantage that is certain and small."""
+    return f" (held, but below {100 * SMALL:.0f} %)" if low > 0 and high < small else ""
 
 
 def together(verdicts: Sequence[Verdict]) -> Verdict:
