@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.resident import in_a_process, resident
+from benchmarks.resident import in_a_process
+from normtune.runlog import resident
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 BENCHMARKS = ("pope", "mme", "vqav2", "coco", "flickr30k")

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.resident import forget_peak, in_a_process, resident
+from benchmarks.resident import in_a_process
+from normtune.runlog import forget_peak, resident
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 STRATEGIES = ("full", "lora", "layernorm", "layernorm-simple")

@@ -1,4 +1,4 @@
-"""Resident memory of a process, and programs in a process of their own where freed memory goes back to the system."""
+"""Programs in a process of their own, where freed memory goes back to the system."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ from pathlib import Path
 
 # without these glibc's malloc keeps what is freed and hides 20 to 40 % of what is taken again
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
-
-def resident(key: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most so far."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def forget_peak() -> None:
-    """VmHWM starts anew."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_a_process(module: str, arguments: Sequence[str]) -> int:

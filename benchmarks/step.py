@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.ceilings import synchronize
 from benchmarks.readme import write_table
-from benchmarks.resident import forget_peak, in_a_process, resident
+from benchmarks.resident import in_a_process
 from benchmarks.workload import (
     Method,
     Sample,
@@ -38,7 +38,7 @@ from benchmarks.workload import (
     sample,
     theirs,
 )
-from normtune.runlog import provenance
+from normtune.runlog import forget_peak, provenance, resident
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 8

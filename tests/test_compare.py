@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from asked import write_benchmarks
 from normtune.comparison import Compared, Request, compare, engines, running
@@ -98,17 +101,18 @@ def test_every_strategy_sees_the_same(basic: dict[str, Any], tmp_path: Path, in_
     one, two = row_of(compared, "layernorm"), row_of(compared, "layernorm (2)")
     for key in ("scores", "average", "text"):
         assert one[key] == two[key]
-    first = read_tensors(tmp_path / "out" / "cells", one, "layernorm")
-    assert first and first == read_tensors(tmp_path / "out" / "cells", two, "layernorm-2")
+    for seed in (0, 1):
+        (first,), (second,) = (
+            [
+                load_file(path)
+                for path in (tmp_path / "out").glob(f"cells/{name}-0.01-*/seed-{seed}/adapter/*.safetensors")
+            ]
+            for name in ("layernorm", "layernorm-2")
+        )
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     assert in_process.count("stage 1") == 1
     logs = [read_lines(path) for path in (tmp_path / "out").glob("cells/*/*/log.jsonl")]
     assert all({line["stage"] for line in log if "loss" in line} == {"instruct"} for log in logs)
-
-
-def read_tensors(cells: Path, row: dict[str, Any], name: str) -> list[bytes]:
-    """The adapters of a row, seed by seed, as bytes."""
-    folders = [path for path in cells.iterdir() if path.name == f"{name}-{row['learning_rate']:g}"]
-    return [path.read_bytes() for folder in folders for path in sorted(folder.glob("seed-*/adapter/*.safetensors"))]
 
 
 def test_what_is_finished_is_not_done_again(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
@@ -217,6 +221,50 @@ def test_no_questions_no_comparison(basic: dict[str, Any], tmp_path: Path) -> No
     del basic["evaluate"]
     with pytest.raises(InputError, match="evaluate"):
         run(basic, tmp_path / "out", strategies=("norms",))
+
+
+def test_a_comparison_that_was_moved_goes_on(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
+    """Another path, and another strategy: the rows that are there stay, a training that had begun goes on."""
+    run(basic, tmp_path / "out", strategies=("norms",))
+    (adapter,) = (tmp_path / "out").glob("cells/norms-*/seed-0/adapter")
+    shutil.rmtree(adapter)  # as if killed after the last checkpoint
+    (adapter.parent / "cell.json").unlink()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    in_process.clear()
+    compared = run(basic, tmp_path / "moved", strategies=("norms",))
+    assert in_process == ["norms, seed 0"] and not compared.failed
+
+
+def test_other_data_is_another_training(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
+    """The same label and rate with another stage behind them is not taken for what is there."""
+    basic["stages"][1]["data"][0]["kind"] = "one"
+    run(basic, tmp_path / "out", kinds=("one",), strategies=("norms",))
+    in_process.clear()
+    compared = run(basic, tmp_path / "out", kinds=("one",), strategies=("connector",))
+    assert in_process == ["one, seed 0"]
+    assert row_of(compared, "one")["cost"]["trainable_parameters"] > 2000
+
+
+def test_a_strategy_without_a_working_rate_fails_alone(
+    basic: dict[str, Any], tmp_path: Path, in_process: list[str]
+) -> None:
+    asked = {"strategies": ("norms", "qk_norms"), "learning_rates": (1e-3, 1e-2)}
+    compared = run(basic, tmp_path / "out", **asked)
+    assert row_of(compared, "qk_norms")["failed"] and row_of(compared, "norms")["average"]
+    assert not any(one["chosen"] for one in compared.document["search"]["qk_norms"])
+
+
+@pytest.mark.parametrize("change", ["data", "model", "benchmarks"])
+def test_wrong_input_leaves_nothing(basic: dict[str, Any], tmp_path: Path, change: str) -> None:
+    if change == "data":
+        basic["stages"][1]["data"][0]["path"] = str(tmp_path / "missing.json")
+    elif change == "model":
+        basic["model"]["vision"] = str(tmp_path / "missing")
+    else:
+        basic["evaluate"]["benchmarks"] = ["text"]
+    with pytest.raises(InputError, match=r"missing|no images"):
+        run(basic, tmp_path / "out", strategies=("norms",))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

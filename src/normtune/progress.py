@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from types import TracebackType
@@ -52,3 +53,12 @@ class Bar:
     ) -> None:
         if self.rich is not None:
             self.rich.stop()
+
+
+def quiet_libraries() -> None:
+    """Keeps transformers' loading bars and hints off the terminal; our own progress is enough."""
+    import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels it has not
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

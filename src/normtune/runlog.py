@@ -239,6 +239,17 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def resident(key: str) -> int:
+    """Bytes of this process in memory, as Linux counts: VmRSS now, VmHWM at most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def forget_peak() -> None:
+    """VmHWM starts anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_rss() -> int:
     """Largest resident memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024

@@ -7,20 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from normtune.progress import quiet_libraries
 from normtune.reporting.numbers import human_bytes, human_count, is_number
 
 __all__ = ["cell", "human_bytes", "human_count", "print_json", "print_table", "quiet_libraries"]
-
-
-def quiet_libraries() -> None:
-    """Keeps transformers' loading bars and hints off the terminal; our own progress is enough."""
-    import logging
-
-    import transformers
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it tells of kernels it has not
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def print_json(data: Any) -> None:

@@ -38,8 +38,7 @@ class Compared:
     @property
     def failed(self) -> list[str]:
         """What failed and why, a line each."""
-        rows = self.document["rows"]
-        return [f"{row['label']}, seed {one['seed']}: {one['error']}" for row in rows for one in row["failed"]]
+        return [f"{one['title']}: {one['error']}" for one in self.document["failed"]]
 
 
 def compare(
@@ -101,7 +100,7 @@ def document_of(
     asked = place.questions(found.part)
     cells = list({cell.folder: cell for by in found.cells.values() for cell in by.values()}.values())
     analysis = {
-        label: without_paths(read_json(cell.analysis, "analysis"), place)
+        label: without_paths(read_json(cell.analysis, "analysis"), cell.folder.relative_to(place.folder))
         for label, by in found.cells.items()
         for cell in by.values()
         if cell.analyzed and cell.analysis.is_file()
@@ -125,6 +124,7 @@ def document_of(
         "curves": found.curves,
         "axis": found.axis,
         "findings": found.findings,
+        "failed": [{"title": place.cells[folder].title, "error": error} for folder, error in place.failed.items()],
         "analysis": analysis,
         "examples": examples_of(asked, found.cells, EXAM[found.part]),
         "provenance": provenance(),
@@ -133,6 +133,6 @@ def document_of(
     }
 
 
-def without_paths(analysis: dict[str, Any], place: Place) -> dict[str, Any]:
+def without_paths(analysis: dict[str, Any], folder: Path) -> dict[str, Any]:
     """An analysis as a report that leaves this machine has it: the run below the comparison, no paths of the model."""
-    return {**analysis, "run": str(Path(analysis["run"]).relative_to(place.folder)), "model": None}
+    return {**analysis, "run": str(folder), "model": None}

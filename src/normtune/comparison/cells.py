@@ -15,10 +15,12 @@ import torch
 
 from normtune.analysis import analyze_run
 from normtune.comparison.costs import costs
+from normtune.data import Mixture
 from normtune.evaluation import Settings, ask, evaluate_into, identity, stored_features
+from normtune.features import fill_store
 from normtune.progress import Bar
-from normtune.recipe import Recipe, recipe_hash
-from normtune.runlog import Run, append_line, read_json, read_lines, write_json
+from normtune.recipe import Recipe, load_recipe, recipe_hash, to_yaml
+from normtune.runlog import Run, append_line, read_json, read_lines, write_json, write_text
 from normtune.training import train
 from normtune.tuned import Tuned, build, open_tuned, place
 
@@ -54,7 +56,7 @@ class Cell:
 
     @property
     def record(self) -> Path:
-        """What the training cost."""
+        """What the training cost; without a training, how many images were looked at."""
         return self.folder / "cell.json"
 
     @property
@@ -68,8 +70,7 @@ class Cell:
     @property
     def finished(self) -> bool:
         """Whether all of it is on disk."""
-        wanted = [self.result(exam.name) for exam in self.exams]
-        wanted += [self.record] if self.trains else []
+        wanted = [self.record, *(self.result(exam.name) for exam in self.exams)]
         wanted += [self.analysis] if self.analyzed else []
         return all(path.is_file() for path in wanted)
 
@@ -111,17 +112,37 @@ def do_parts(cell: Cell) -> None:
             place(tuned.model, cell.recipe.device)
         for exam in todo:
             do_exam(cell, exam, tuned)
+    if not cell.trains and not cell.record.is_file():
+        tuned = tuned or Tuned(*build(cell.recipe.model, cell.recipe.seed))
+        images = fill(cell.recipe, tuned)
+        write_json(cell.record, {"format": FORMAT, "title": cell.title, "images": images})
     if cell.analyzed and not cell.analysis.is_file():
         write_json(cell.analysis, analyze_run(cell.folder, reuse=False))
 
 
 def do_training(cell: Cell) -> Tuned:
     """Trains, or goes on with an interrupted training, and writes down what it cost."""
-    trained = train(cell.recipe, out=cell.folder, resume=Run(cell.folder).recipe.is_file())
+    run = Run(cell.folder)
+    resume = run.recipe.is_file()
+    if resume:  # the comparison may have been moved, and its stage 1 with it
+        before = load_recipe(run.recipe)
+        if before.model_copy(update={"start_from": cell.recipe.start_from}) == cell.recipe:
+            write_text(run.recipe, to_yaml(cell.recipe))
+    trained = train(cell.recipe, out=cell.folder, resume=resume)
     place(trained.model, cell.recipe.device)
     found = costs(cell.recipe, trained.folder, trained.model, trained.processor)
     write_json(cell.record, {"format": FORMAT, "title": cell.title, "trained": found})
     return Tuned(trained.model, trained.processor, cell.recipe)
+
+
+def fill(recipe: Recipe, tuned: Tuned) -> int:
+    """Puts what the encoder makes of the images of the stages with `cache_features` on disk; how many there are."""
+    cached = [stage for stage in recipe.stages if stage.cache_features]
+    samples = [sample for stage in cached for sample in Mixture(stage.data).samples]
+    wanted = {path: sample.where for sample in samples for path in sample.images}
+    if wanted:
+        fill_store(recipe.model, tuned.model, tuned.processor, wanted)
+    return len(wanted)
 
 
 def do_exam(cell: Cell, exam: Exam, tuned: Tuned) -> None:

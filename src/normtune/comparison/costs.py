@@ -1,7 +1,7 @@
 """What a training cost: parameters, bytes on disk, bytes kept for backward, peak memory, time of a step.
 
-Scope: figures of one finished training, in the process that did it. `saved_bytes` is a property of the code, the
-same on every machine; peak memory and time are those of this process. Not here: plans (memory/), comparisons of costs.
+Scope: figures of one finished training, from its log and its model. `saved_bytes` is a property of the code, the same
+on every machine; peak memory and time are those of the process that trained. Not here: plans (memory/).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from normtune.data import Collator, Mixture
 from normtune.features import fill_store
 from normtune.recipe import Recipe, Stage
-from normtune.runlog import Run, peak_rss, read_lines
+from normtune.runlog import Run, read_lines
 from normtune.step import on_device, supervised_loss
 from normtune.strategy import apply, lean, restore, tuning
 from normtune.training.batching import Batches, choose_packing
@@ -29,18 +29,19 @@ LAST = 10  # steps over which the loss at the end is averaged: one batch says li
 
 
 def costs(recipe: Recipe, folder: Path, model: nn.Module, processor: Any) -> dict[str, Any]:
-    """Figures of the last stage of the run `folder`, whose `model` this process has just trained.
+    """Figures of the last stage of the run `folder`, which has trained `model`.
 
     Returns:
         steps, trainable_parameters, total_parameters (as `Report` counts them), percent; adapter_bytes; saved_bytes
-        (see there); peak_bytes and of what; step_seconds (median) and step_quartiles, seconds of the stage's steps,
-        moved_percent (of the gains, None where none are trained), stream (SHA-256 of the batches, in order),
-        first_loss, last_loss (the mean over the last LAST steps).
+        (see there); peak_bytes and peak_of, as the training has logged them; step_seconds (median) and step_quartiles,
+        seconds of the stage's steps, moved_percent (of the gains, None where none are trained), stream (SHA-256 of the
+        batches, in order), first_loss, last_loss (the mean over the last LAST steps).
     """
-    peak, kind = peak_memory(model)
     stage = recipe.stages[-1]
     report = apply(model, stage.strategy, seed=recipe.seed, **stage.lora.model_dump())
-    log = steps_of_log(read_lines(Run(folder).log), stage.name)
+    lines = read_lines(Run(folder).log)
+    log = steps_of_log(lines, stage.name)
+    ends = [line for line in lines if line.get("event") == "end"]
     seconds = [line["tokens"] / line["tokens_per_second"] for line in log]
     moved = [line["moved"] for line in log if "moved" in line]
     files = (path for path in Run(folder).adapter.rglob("*") if path.is_file())
@@ -51,8 +52,8 @@ def costs(recipe: Recipe, folder: Path, model: nn.Module, processor: Any) -> dic
         "percent": report.percent,
         "adapter_bytes": sum(path.stat().st_size for path in files),
         "saved_bytes": saved_bytes(recipe, model, processor),
-        "peak_bytes": peak,
-        "peak_of": kind,
+        "peak_bytes": max(line["peak_bytes"] for line in ends),
+        "peak_of": ends[-1]["peak_of"],
         "step_seconds": statistics.median(seconds[WARM:] or seconds),
         "step_quartiles": [float(q) for q in np.percentile(seconds[WARM:] or seconds, [25, 75])],
         "seconds": sum(seconds),
@@ -73,14 +74,6 @@ def stream(steps: Sequence[Mapping[str, Any]]) -> str:
     """SHA-256 of what the steps were computed on: equal where two trainings have seen the same batches in the same
     order."""
     return hashlib.sha256(" ".join(f"{line['step']}:{line['batch']}" for line in steps).encode()).hexdigest()
-
-
-def peak_memory(model: nn.Module) -> tuple[int, str]:
-    """Bytes at the peak of this process so far, and of what."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), "GPU memory"
-    return peak_rss(), "resident memory"
 
 
 def saved_bytes(recipe: Recipe, model: nn.Module, processor: Any) -> int:

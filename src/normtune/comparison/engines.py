@@ -13,11 +13,13 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 from normtune.comparison.cells import Cell, do
 from normtune.errors import InputError, NormtuneError
+from normtune.progress import quiet_libraries
 from normtune.training import Interrupted
 
 Engine = Literal["local", "ray"]
@@ -34,7 +36,8 @@ def run_cells(cells: Sequence[Cell], engine: Engine = "local") -> Iterator[Outco
 
     Raises:
         InputError: an unknown engine, or Ray is not installed.
-        Interrupted: Ctrl-C or SIGTERM; the cell that ran has been told, and has saved what it can.
+        Interrupted: Ctrl-C or SIGTERM; the cell that ran here has saved. A Ray task is ended, and goes on
+            from its last checkpoint.
     """
     if engine not in ENGINES:
         raise InputError(f"engine {engine!r} is unknown; there are {', '.join(ENGINES)}")
@@ -44,17 +47,20 @@ def run_cells(cells: Sequence[Cell], engine: Engine = "local") -> Iterator[Outco
 def one_by_one(cells: Sequence[Cell]) -> Iterator[Outcome]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    for cell in cells:
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=child, args=(cell, theirs), name=cell.title)
-        with told_to_stop(process):
-            process.start()
+    with Stop() as stop:
+        for cell in cells:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=child, args=(cell, theirs), name=cell.title)
+            stop.start(process)
             theirs.close()
             message = received(ours)
             process.join()
-        if process.exitcode == Interrupted.exit_code:
-            raise Interrupted(f"stopped in {cell.title}; the same command goes on")
-        yield cell, message if process.exitcode == 0 else message or died(process.exitcode)
+            if process.exitcode == 0:
+                yield cell, message
+            if stop.asked or process.exitcode == Interrupted.exit_code:
+                raise Interrupted(f"stopped in {cell.title}; the same command goes on")
+            if process.exitcode != 0:
+                yield cell, message or died(process.exitcode)
 
 
 def received(pipe: Connection) -> str | None:
@@ -73,18 +79,32 @@ def died(code: int | None) -> str:
     return f"the process ended with code {code}"
 
 
-class told_to_stop:
-    """While a child runs, Ctrl-C and SIGTERM are its own business: it saves and ends, then we do."""
+class Stop:
+    """While cells run, Ctrl-C and SIGTERM are passed on: the one that runs saves and ends, then we do."""
 
-    def __init__(self, process: Any) -> None:
-        self.process = process
+    def __init__(self) -> None:
+        self.asked = False
+        self.process: Any = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
+            # the fork server imports for seconds; what is ignored here stays ignored there
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            forkserver.ensure_running()
+            signal.signal(signal.SIGINT, before)
             self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def start(self, process: Any) -> None:
+        """Starts a process that hears of what has been or will be asked."""
+        self.process = process
+        process.start()
+        if self.asked:  # before there was anybody to tell
+            process.terminate()
 
     def handle(self, number: int, frame: Any) -> None:
-        if self.process.pid is not None:
+        self.asked = True
+        if self.process is not None and self.process.pid is not None:
             self.process.terminate()
 
     def __exit__(self, *error: object) -> None:
@@ -122,6 +142,7 @@ def outcome(cell: Cell) -> str | None:
     Raises:
         Interrupted, KeyboardInterrupt: it was told to stop.
     """
+    quiet_libraries()
     try:
         do(cell)
     except Interrupted:
@@ -132,6 +153,12 @@ def outcome(cell: Cell) -> str | None:
         traceback.print_exc()
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def outcome_in(folder: str, cell: Cell) -> str | None:
+    """`outcome` where relative paths mean what they mean here."""
+    os.chdir(folder)
+    return outcome(cell)
 
 
 def on_ray(cells: Sequence[Cell]) -> Iterator[Outcome]:
@@ -146,12 +173,13 @@ def on_ray(cells: Sequence[Cell]) -> Iterator[Outcome]:
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, include_dashboard=False)
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
         pending = {}
         for cell in cells:
-            cores = cell.recipe.threads or (1 if gpus else torch.get_num_threads())
+            cores = min(largest, cell.recipe.threads or (1 if gpus else torch.get_num_threads()))
             # max_calls: a process of its own; a cell that fails says so itself, and is not tried again unasked
-            task = ray.remote(num_cpus=cores, num_gpus=gpus, max_calls=1, max_retries=0)(outcome)
-            pending[task.remote(cell)] = cell
+            task = ray.remote(num_cpus=cores, num_gpus=gpus, max_calls=1, max_retries=0)(outcome_in)
+            pending[task.remote(os.getcwd(), cell)] = cell
         while pending:
             (done, *_), _ = ray.wait(list(pending), num_returns=1)
             cell = pending.pop(done)

@@ -65,7 +65,8 @@ class Found:
 def finish(place: Place, request: Request, variants: Sequence[Variant], part: Part, analyzed: bool = False) -> Found:
     """Runs the variants with all seeds and reads the table off them."""
     cells = place.run(variants, request.seeds, part, analyzed and request.analyzed)
-    return Found(part, variants, cells, *rows_of(place, variants, cells, part))
+    rows, winners = rows_of(place, variants, cells, part)
+    return Found(part, variants, {label: place.good(by) for label, by in cells.items()}, rows, winners)
 
 
 def by_strategy(place: Place, request: Request) -> Found:
@@ -81,11 +82,7 @@ def by_strategy(place: Place, request: Request) -> Found:
 
 
 def search_rates(place: Place, request: Request) -> dict[str, list[dict[str, Any]]]:
-    """Every candidate of every strategy with the first seed, scored on `evaluate.dev`; the best is `chosen`.
-
-    Raises:
-        JobError: all candidates of a strategy failed.
-    """
+    """Every candidate of every strategy with the first seed, scored on `evaluate.dev`; the best is `chosen`."""
     wanted = request.learning_rates
     assert wanted is not None
     given = wanted if isinstance(wanted, str) else list(wanted)
@@ -97,10 +94,8 @@ def search_rates(place: Place, request: Request) -> dict[str, list[dict[str, Any
     search = {}
     for name, own in candidates.items():
         tried = [by_folder[v.folder] | {"learning_rate": v.factors["learning_rate"]} for v in own]
-        scored = [row for row in tried if row["average"]]
-        if not scored:
-            raise JobError(f"{name}: no learning rate could be tried; the first one failed so: {why(tried[0])}")
-        best = max(scored, key=lambda row: row["average"]["mean"])
+        scored = [row for row in tried if row["average"]]  # none: the strategy fails at its own rate, in its row
+        best = max(scored, key=lambda row: row["average"]["mean"]) if scored else None
         search[name] = [
             {
                 "learning_rate": row["learning_rate"],
@@ -111,10 +106,6 @@ def search_rates(place: Place, request: Request) -> dict[str, list[dict[str, Any
             for row in tried
         ]
     return search
-
-
-def why(row: Mapping[str, Any]) -> str:
-    return row["failed"][0]["error"] if row["failed"] else "no reason was given"
 
 
 def by_kind(place: Place, request: Request) -> Found:
@@ -151,11 +142,13 @@ def sweep_rates(place: Place, request: Request) -> Found:
 
 def sweep_norms(place: Place, request: Request) -> Found:
     """Which norms matter: by role, and the smallest number of them that keeps the score of all."""
+    if request.strategies:
+        raise InputError("--sweep norms trains sets of norms; leave --strategies out")
     if request.ranking not in RANKINGS:
         raise InputError(f"ranking {request.ranking!r} is unknown; there are {', '.join(RANKINGS)}")
     whole = [v for v in strategy_variants(place.recipe, ["layernorm-simple"], None) if not v.control]
     cells = place.run(whole, request.seeds, "dev", analyzed=True)
-    trained = cells[whole[0].label]
+    trained = place.good(cells[whole[0].label])
     if request.seeds[0] not in trained:
         raise JobError(f"layernorm-simple failed, and with it the ranking: {next(iter(place.failed.values()), '')}")
     document = read_json(trained[request.seeds[0]].analysis, "analysis")

@@ -36,13 +36,13 @@ def rows_of(
     found: dict[str, dict[int, dict[str, Any]]] = {}
     rows: list[dict[str, Any]] = []
     for variant in variants:
-        own = cells[variant.label]
+        own = place.good(cells[variant.label])
         found[variant.label] = {s: load_statistics(c.result(EXAM[part]), asked) for s, c in own.items()}
-        rows.append(row_of(place, variant, own))
+        rows.append(row_of(place, variant, cells[variant.label]))
     for variant in variants:
         for baseline in variant.baselines:
             label = f"{variant.label}, {BASELINES[baseline]}"
-            own = cells[variant.label]
+            own = place.good(cells[variant.label])
             found[label] = {s: load_statistics(c.result(baseline), asked) for s, c in own.items()}
             rows.append({**empty_row(label, variant), "control": True, "baseline": baseline, "seeds": sorted(own)})
     controls = {row["label"] for row in rows if row["control"]}
@@ -79,16 +79,14 @@ def empty_row(label: str, variant: Variant) -> dict[str, Any]:
 def row_of(place: Place, variant: Variant, cells: Mapping[int, Cell]) -> dict[str, Any]:
     """A variant's row without its scores."""
     row = empty_row(variant.label, variant)
-    folders = place.folder / "cells" / variant.folder
-    row["seeds"] = sorted(cells)
+    good = place.good(cells)
+    row["seeds"] = sorted(good)
     row["failed"] = [
-        {"seed": int(folder.name.rpartition("-")[2]), "error": error}
-        for folder, error in place.failed.items()
-        if folder.parent == folders
+        {"seed": seed, "error": place.failed[cell.folder]} for seed, cell in cells.items() if seed not in good
     ]
     if variant.trains:
         row["learning_rate"] = variant.recipe.stages[-1].learning_rate
-        row["cost"] = cost_of([cell.cost() or {} for cell in cells.values()])
+        row["cost"] = cost_of([cell.cost() or {} for cell in good.values()])
     return row
 
 
@@ -101,8 +99,8 @@ def cost_of(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def text_before(place: Place) -> float | None:
     """The untuned base's score in the questions without an image."""
-    cell = place.base()
-    if cell is None or not cell.finished:
+    cell = place.before
+    if cell is None or not cell.result("test").is_file():
         return None
     return float(read_json(cell.result("test"), "result")["scores"][BEFORE]["score"])
 
@@ -123,7 +121,7 @@ def curves_of(rows: Sequence[Mapping[str, Any]], name: str, x: str, tolerance: b
             "failed": [row["factors"][x] for row in whole if not row["average"]],
             "band": None,
         }
-        if tolerance and own:
+        if tolerance and any(curve["mean"]):
             scores = [row["average"]["mean"] if row["average"] else 0.0 for row in whole]
             places = [row["factors"][x] for row in whole]
             low, high, decades = band(places, scores)

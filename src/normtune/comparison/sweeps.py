@@ -36,6 +36,7 @@ LENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
 SHARES = (0.125, 0.25, 0.5, 1.0)
 VISION = ("layernorm-simple", "connector", "norms+connector")
 DATA = ("full", "lora", "layernorm")
+MOST_REPEATED = 100  # as the recipe allows
 NONE = "none"  # of the last stage: stage 1 alone
 
 
@@ -136,9 +137,14 @@ def data_sweep(recipe: Recipe, strategies: Iterable[str], fractions: Sequence[fl
     rows = []
     for samples in sorted({max(1, round(fraction * sum(sizes))) for fraction in fractions}):
         limits = zip(stage.data, apportion(samples, sizes).tolist(), strict=True)
-        kept = [source.model_copy(update={"limit": n}) for source, n in limits if round(source.weight * n)]
-        if not kept:
-            raise InputError(f"{samples} samples of the recipe's last stage leave nothing; give larger fractions.")
+        # seen as much oftener as they are fewer: epochs, and with them the batches, stay as long as those of the whole
+        kept = [
+            source.model_copy(update={"limit": n, "weight": source.weight * size / n})
+            for (source, n), size in zip(limits, sizes, strict=True)
+            if n
+        ]
+        if any(source.weight > MOST_REPEATED for source in kept):
+            raise InputError(f"{samples} samples of the recipe's last stage are too few; give larger fractions.")
         changed = prepared(recipe, data=[source.model_dump(mode="json") for source in kept], max_steps=steps)
         for strategy in parse_strategies(unique(strategies) or DATA):
             row = strategy_variant(changed, strategy, f"{label_of(strategy)}, {samples} samples")

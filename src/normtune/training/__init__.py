@@ -23,6 +23,7 @@ from normtune.runlog import Run
 from normtune.strategy import Report, restore
 from normtune.training.evaluating import Evaluate, base_facts
 from normtune.training.loop import Interrupted, apply_stage, interruptible, run_stage
+from normtune.training.peak import PEAK_OF, Peak
 from normtune.training.starting import check_lora_order, recover, start
 from normtune.tuned import attach_encoder, open_tuned
 
@@ -61,7 +62,7 @@ def train(
         JobError: loss not finite, gains that do not move, disk full.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
-    began = time.monotonic()
+    began, peak = time.monotonic(), Peak()
     recipe = load_recipe(recipe, override_texts(overrides))
     check_lora_order(recipe)
     run = Run(Path(out) if out else Path("runs") / recipe.name)
@@ -90,9 +91,11 @@ def train(
     if report is None:  # resumed after the last step: the adapter still says which strategy it is of
         report = apply_stage(loop, recipe.stages[-1])
     if loop.accelerator.is_main_process:
-        save_adapter(loop.model, run.adapter, **base_facts(recipe))
         seconds = time.monotonic() - began
-        loop.log({"event": "end", "seconds": round(seconds, 2)})
+        device = loop.accelerator.device
+        memory = {"peak_bytes": peak.bytes(device), "peak_of": "GPU memory" if device.type == "cuda" else PEAK_OF}
+        loop.log({"event": "end", "seconds": round(seconds, 2), **memory})
+        save_adapter(loop.model, run.adapter, **base_facts(recipe))  # last: with it the run is finished
         loop.say(f"adapter written to {run.adapter}")
     attach_encoder(loop.model, recipe.model)
     if recipe.trackers:
