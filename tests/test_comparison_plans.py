@@ -451,11 +451,11 @@ def test_sweep_of_data(kinds: Recipe) -> None:
         ("b2.json", 40, 1),
         ("c.json", 50, 1),
     ]
-    assert used(rows["full, 56 samples"]) == [
-        ("a.json", 1, 1),
-        ("b1.json", 10, 2),
-        ("b2.json", 20, 1),
-        ("c.json", 25, 1),
+    assert used(rows["full, 56 samples"]) == [  # seen as much oftener as they are fewer: epochs as long as the whole's
+        ("a.json", 1, 3),
+        ("b1.json", 10, 4),
+        ("b2.json", 20, 2),
+        ("c.json", 25, 2),
     ]
     assert used(rows["full, 2 samples"]) == used(rows["layernorm, 2 samples"])
     assert sum(limit or 0 for _, limit, _ in used(rows["full, 2 samples"])) == 2
