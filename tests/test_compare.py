@@ -116,13 +116,13 @@ def test_every_strategy_sees_the_same(basic: dict[str, Any], tmp_path: Path, in_
 
 
 def test_what_is_finished_is_not_done_again(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
-    first = run(basic, tmp_path / "out", strategies=("norms",))
+    first = run(basic, tmp_path / "out", strategies=("connector",))
     assert in_process
     in_process.clear()
-    again = run(basic, tmp_path / "out", strategies=("norms",))
+    again = run(basic, tmp_path / "out", strategies=("connector",))
     assert in_process == []
     assert again.document["rows"] == first.document["rows"]
-    more = run(basic, tmp_path / "out", strategies=("norms", "qk_norms+norms"), seeds=(0,))
+    more = run(basic, tmp_path / "out", strategies=("connector", "qk_norms+norms"), seeds=(0,))
     assert set(in_process) == {"qk_norms+norms, seed 0"}  # and it fails: a Llama has none
     assert len(more.failed) == 1 and "qk_norms" in more.failed[0]
 
@@ -165,9 +165,10 @@ def test_images_are_encoded_once(
 def test_rates_are_searched_on_the_development_split(
     basic: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:
-    compared = run(basic, tmp_path / "out", strategies=("norms", "layernorm"), learning_rates="auto", candidates=3)
+    names = ("connector", "connector+embed+head")  # the controls, which are searched, too
+    compared = run(basic, tmp_path / "out", strategies=names, learning_rates="auto", candidates=3)
     search = compared.document["search"]
-    assert {len(tried) for tried in search.values()} == {3} and set(search) >= {"norms", "layernorm"}
+    assert {len(tried) for tried in search.values()} == {3} and set(search) == set(names)
     for name, tried in search.items():
         (chosen,) = [one for one in tried if one["chosen"]]
         assert chosen["score"] == max(one["score"] for one in tried)
@@ -211,28 +212,28 @@ def test_wrong_requests(basic: dict[str, Any], tmp_path: Path, asked: dict[str, 
 
 
 def test_a_folder_of_another_recipe_is_refused(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
-    run(basic, tmp_path / "out", strategies=("norms",))
+    run(basic, tmp_path / "out", strategies=("connector",))
     basic["stages"][1]["batch_size"] = 4
     with pytest.raises(InputError, match="batch_size"):
-        run(basic, tmp_path / "out", strategies=("norms",))
+        run(basic, tmp_path / "out", strategies=("connector",))
 
 
 def test_no_questions_no_comparison(basic: dict[str, Any], tmp_path: Path) -> None:
     del basic["evaluate"]
     with pytest.raises(InputError, match="evaluate"):
-        run(basic, tmp_path / "out", strategies=("norms",))
+        run(basic, tmp_path / "out", strategies=("connector",))
 
 
 def test_a_comparison_that_was_moved_goes_on(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
     """Another path, and another strategy: the rows that are there stay, a training that had begun goes on."""
-    run(basic, tmp_path / "out", strategies=("norms",))
-    (adapter,) = (tmp_path / "out").glob("cells/norms-*/seed-0/adapter")
+    run(basic, tmp_path / "out", strategies=("connector",))
+    (adapter,) = (tmp_path / "out").glob("cells/connector-0.01-*/seed-0/adapter")
     shutil.rmtree(adapter)  # as if killed after the last checkpoint
     (adapter.parent / "cell.json").unlink()
     (tmp_path / "out").rename(tmp_path / "moved")
     in_process.clear()
-    compared = run(basic, tmp_path / "moved", strategies=("norms",))
-    assert in_process == ["norms, seed 0"] and not compared.failed
+    compared = run(basic, tmp_path / "moved", strategies=("connector",))
+    assert in_process == ["connector, seed 0"] and not compared.failed
 
 
 def test_other_data_is_another_training(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
@@ -248,9 +249,9 @@ def test_other_data_is_another_training(basic: dict[str, Any], tmp_path: Path, i
 def test_a_strategy_without_a_working_rate_fails_alone(
     basic: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:
-    asked = {"strategies": ("norms", "qk_norms"), "learning_rates": (1e-3, 1e-2)}
-    compared = run(basic, tmp_path / "out", **asked)
-    assert row_of(compared, "qk_norms")["failed"] and row_of(compared, "norms")["average"]
+    names = ("connector", "qk_norms", "connector+embed+head")
+    compared = run(basic, tmp_path / "out", strategies=names, learning_rates=(1e-3,))
+    assert row_of(compared, "qk_norms")["failed"] and row_of(compared, "connector")["average"]
     assert not any(one["chosen"] for one in compared.document["search"]["qk_norms"])
 
 

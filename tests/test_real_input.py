@@ -33,7 +33,7 @@ from normtune.tuned import open_tuned
 
 COCO = Path(__file__).parents[2] / "shared" / "data" / "coco-mini"
 pytestmark = [
-    pytest.mark.heavy,
+    pytest.mark.slow,
     pytest.mark.skipif(not COCO.is_dir(), reason="no photographs: ../shared/data/coco-mini"),
 ]
 STEPS = 200

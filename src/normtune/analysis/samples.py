@@ -42,7 +42,7 @@ def held_out(recipe: Recipe | None, data: str | None, images: str | None, number
     if section is None:
         raise InputError(
             "there is no `evaluate` section in a recipe to take held-out samples from;\n"
-            "give --data FILE (LLaVA's JSON) and --images DIR"
+            "give --data FILE (JSON with conversations) and --images DIR"
         )
     names = list(dict.fromkeys(section.benchmarks))
     share = -(-number // len(names))
