@@ -25,6 +25,11 @@ from normtune.strategy import is_lora, plain, tuning
 
 FORMAT = 2
 
+HARMLESS = frozenset(
+    ("keep", "save_every", "threads", "device", "trackers", "bad_samples", "max_bad", "on_nonfinite", "watchdog")
+)
+"""Keys of a recipe that may change on a resume: none of them alters what a sound step computes."""
+
 
 @dataclass(frozen=True)
 class Position:
@@ -124,8 +129,8 @@ def check_same(recipe: Recipe, run: Run) -> None:
     """Refuses to resume under another recipe, naming the first keys that differ."""
     before = flatten(load_recipe(run.recipe).model_dump(mode="json"))
     now = flatten(recipe.model_dump(mode="json"))
-    harmless = ("keep", "save_every", "threads", "device", "trackers")
-    keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and not k.startswith(harmless))
+    differing = (k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    keys = sorted(k for k in differing if k.partition(".")[0] not in HARMLESS)
     if keys:
         shown = ", ".join(f"{k} ({before.get(k)!r} then, {now.get(k)!r} now)" for k in keys[:3])
         raise InputError(

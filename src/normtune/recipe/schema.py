@@ -36,6 +36,8 @@ class ModelRecipe(Node):
     dtype: Literal["float32", "bfloat16", "nf4", "int8"] = Field(
         "bfloat16", description="of the frozen weights; nf4 and int8 quantize the LLM's blocks (needs bitsandbytes)"
     )
+    shard: bool = Field(False, description="several processes: each keeps a share of the frozen weights (FSDP2)")
+    trust_remote_code: list[str] = Field([], description="the references above whose own code may run")
 
     @model_validator(mode="after")
     def one_way(self) -> ModelRecipe:
@@ -43,6 +45,9 @@ class ModelRecipe(Node):
             raise ValueError("give both llm and vision, or path: an existing multimodal model")
         if self.path is not None and (self.llm is not None or self.vision is not None):
             raise ValueError("path is an existing multimodal model: leave out llm and vision, or leave out path")
+        named = [name for name in (self.llm, self.vision, self.path) if name is not None]
+        for name in self.trust_remote_code:
+            check_name(name, named, "model reference", hint="trust_remote_code repeats one of these")
         return self
 
 
@@ -159,6 +164,18 @@ class Recipe(Node):
         "10m", description="checkpoint every N steps (50) or minutes (10m)"
     )
     keep: PositiveInt = Field(2, description="checkpoints kept per stage")
+    bad_samples: Literal["error", "skip"] = Field(
+        "error", description="a sample that cannot be used: error stops, skip leaves it out and records it"
+    )
+    max_bad: Annotated[int, Field(ge=0)] | Share = Field(
+        0.01, description="with skip: more than that stop: a number (20) or a share (0.01)"
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is not finite: stop, or skip the step's update"
+    )
+    watchdog: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        30, description="minutes without a completed step after which the stacks of all threads are printed; null: off"
+    )
     trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="also log there")
 
     @model_validator(mode="after")
