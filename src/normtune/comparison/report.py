@@ -35,6 +35,8 @@ from normtune.reporting.numbers import (
 from normtune.runlog import write_text
 
 SPLITS = {"data": "the test questions", "dev": "the validation questions"}
+SHARED = "once, the same for every row"
+START = {"kinds": SHARED, "sweep data": SHARED, "sweep align": "", "sweep vision": "once for each encoder"}
 VERDICTS = {"held": "good", "did not hold": "bad"}
 SOURCES = "[S] the paper's abstract or a summary, [C] quoted by later work, [D] derived by arithmetic."
 
@@ -85,15 +87,13 @@ def setting(document: Mapping[str, Any]) -> list[Block]:
         ["seeds", ", ".join(map(str, document["seeds"]))],
         ["learning rates", rates(document)],
         ["asked", f"{SPLITS.get(document['asked_on'], document['asked_on'])}: {asked}"],
-        ["stage 1", "once, the same for every row; then the same batches in the same order"],
+        ["stage 1", START.get(document["experiment"], f"{SHARED}; then the same batches in the same order")],
         ["time", worked(document)],
         ["hardware", f"{document['provenance']['cores']} cores of {document['provenance']['processor']}"],
     ]
     equal = document["request"].get("equal")
     if document["experiment"] == "kinds" and equal:
         facts.insert(1, ["equal in", str(equal).replace("-", " ")])
-    if document["experiment"] == "sweep align":
-        facts = [fact for fact in facts if fact[0] != "stage 1"]
     return [Table(["", ""], [fact for fact in facts if fact[1]], stacked=True)]
 
 
