@@ -1,19 +1,36 @@
 """Image files to RGB: found when the data is read, opened when a batch needs them.
 
-Scope: where an image of a sample lies, and its pixels as 8-bit RGB the right way up, whatever mode the file has.
-Non-scope: resizing and normalization, which are the image processor's. Source: Pillow's modes and EXIF rules.
+Scope: where an image of a sample lies, and its pixels as 8-bit RGB the right way up, whatever mode the file has; what
+is refused because nobody vouches for the file: names and links that lead out of the folder, formats off the list, more
+pixels than a photograph has. Non-scope: resizing and normalization, which are the image processor's.
+Source: Pillow's modes and EXIF rules.
 """
 
 from __future__ import annotations
 
 import os
+import stat
+import warnings
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from normtune.errors import InputError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is opened, by content and not by suffix: each further decoder of Pillow is one more that a file can attack."""
+MAX_PIXELS = 2**26  # 8192 x 8192: every camera's usual picture, decoded in less than 600 MB
+MAX_BYTES = 2**29
+STRIP = 2**20  # pixels that are computed on at a time where a copy of all of them would be large
+
+
+class ImageSource(Protocol):
+    """A `Path`, or an image that lies within another file: `open("rb")` gives its bytes, `str()` its name."""
+
+    def open(self, mode: str, /) -> Any: ...
 
 
 def image_names(item: dict[str, Any], where: str) -> list[str]:
@@ -41,53 +58,98 @@ def find_image(folder: Path | None, name: str, where: str) -> Path:
             "Give names relative to the folder that `images` names."
         )
     path = folder / inside
-    if not path.is_file():
+    try:
+        mode = os.lstat(path).st_mode
+        linked = stat.S_ISLNK(mode)
+        there = path.is_file() if linked else stat.S_ISREG(mode)  # no pipe, no device: reading them may never end
+    except (OSError, ValueError):  # a name that is too long, or half of a surrogate pair, is no file's
+        there = linked = False
+    if there and not _holds(os.getcwd(), str(folder), inside if linked else os.path.dirname(inside)):
+        raise InputError(
+            f"{where}: image {_short(name)} is behind a link that leads out of the images folder {folder}.\n"
+            "Copy the files there, or give them a data source with `images: FOLDER` of its own."
+        )
+    if not there:
         raise InputError(f"{where}: there is no image {path}.\nCheck `images`, the folder that names are relative to.")
     return path
 
 
-def open_image(path: Path, where: str) -> Image.Image:
-    """The image at `path` in mode RGB, turned as its EXIF data says; of several frames the first.
+@lru_cache(maxsize=4096)
+def _holds(current: str, folder: str, inside: str) -> bool:
+    """Whether `folder`/`inside` is within `folder` when all links are followed; once for all files of a folder.
+    `current` is the current directory, which both are relative to."""
+    root = os.path.realpath(os.path.join(current, folder))
+    return os.path.commonpath([root, os.path.realpath(os.path.join(root, inside))]) == root
+
+
+def open_image(source: ImageSource, where: str) -> Image.Image:
+    """The image in mode RGB, turned as its EXIF data says; of several frames the first.
 
     Transparent pixels are laid on white; 16-bit and wider greys are scaled to 8 bits, floating-point ones from 0..1
-    if they lie there. InputError, beginning with `where`, for a file that is missing, broken or no image, or larger
-    than twice Pillow's `MAX_IMAGE_PIXELS`.
+    if they lie there. InputError, beginning with `where`, for a file that is missing, broken, none of FORMATS, larger
+    than MAX_BYTES, or of more than MAX_PIXELS or twice Pillow's `MAX_IMAGE_PIXELS` pixels; those are told from its
+    header, before memory is taken for them.
     """
+    limit = min(MAX_PIXELS, 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS))
+    too_large = InputError(f"{where}: image {source} has more than {limit:,} pixels; scale it down")
     try:
-        with Image.open(path) as file:
+        with source.open("rb") as stream, _header(stream) as file:
+            if file.width * file.height > limit:
+                raise too_large
             return to_rgb(_upright(file))
+    except InputError:
+        raise
     except FileNotFoundError as error:
-        raise InputError(f"{where}: there is no image {path}") from error
+        raise InputError(f"{where}: there is no image {source}") from error
     except Image.DecompressionBombError as error:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise InputError(f"{where}: image {path} has more than {limit:,} pixels; scale it down") from error
+        raise too_large from error
     except Exception as error:  # Pillow's decoders let through whatever a broken file makes them stumble over
-        reason = "it is no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise InputError(f"{where}: image {path} cannot be read: {reason or type(error).__name__}") from error
+        known = f"it is no image that Pillow knows as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        reason = known if isinstance(error, Image.UnidentifiedImageError) else str(error).partition("\n")[0]
+        raise InputError(f"{where}: image {source} cannot be read: {reason or type(error).__name__}") from error
+
+
+def _header(stream: BinaryIO) -> Any:
+    """The file as Pillow opens it, its pixels not decoded yet."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(0)
+    if size > MAX_BYTES:
+        raise ValueError(f"its file is larger than {MAX_BYTES:,} bytes")
+    with warnings.catch_warnings():  # of what is large: our own limit refuses it; of what no decoder takes: we say so
+        warnings.simplefilter("ignore")
+        return Image.open(stream, formats=FORMATS)
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    image.load()
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # broken EXIF data: the pixels are good all the same, as every viewer shows them
         return image
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode in mode RGB, as `open_image` does it."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_grey(np.asarray(image)))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return _on_white(image) if image.has_transparency_data else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    flat = Image.new("RGB", image.size)
+    rows = max(1, STRIP // max(1, image.width))
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        flat.paste(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part), (0, top))
+    return flat
 
 
 def _grey(pixels: np.ndarray) -> np.ndarray:
     """Greys wider than 8 bits, [h, w], as uint8. The scale follows the range that the values occupy: 8 or 16 bits,
     more than that by their largest value, 0..1 for floating point."""
-    values = np.nan_to_num(pixels.astype(np.float64))
-    top = float(values.max(initial=0.0))
+    parts = np.array_split(pixels, 1 + pixels.size // STRIP)
+    top = max(float(_finite(part).max(initial=0.0)) for part in parts)
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
         scale = 255 / 65535
     elif top <= 1.0 and np.issubdtype(pixels.dtype, np.floating):
@@ -96,7 +158,11 @@ def _grey(pixels: np.ndarray) -> np.ndarray:
         scale = 1.0
     else:
         scale = 255 / max(top, 65535.0)
-    return np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)
+    return np.concatenate([np.clip(np.rint(_finite(part) * scale), 0, 255).astype(np.uint8) for part in parts])
+
+
+def _finite(pixels: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(pixels.astype(np.float64))
 
 
 def _short(name: str) -> str:
