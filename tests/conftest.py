@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: more threads only wait for one another
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent / "offline"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (sys.path[0], os.environ.get("PYTHONPATH"))))  # of children
 
 import pytest
+from network_guard import REFUSED
+
+
+@pytest.fixture(autouse=True)
+def no_network() -> Iterator[None]:
+    """Fails a test that tried to reach beyond this machine, even where the refusal was caught."""
+    before = len(REFUSED)
+    yield
+    assert REFUSED[before:] == [], "a test tried to reach the network"
 
 
 @pytest.fixture(scope="session")

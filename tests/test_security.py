@@ -1,0 +1,217 @@
+"""Files that nobody vouches for: what normtune refuses to open, to run and to reach. SECURITY.md is the list.
+
+Plan: images as attackers make them (bombs, links, pipes, odd formats), each refused with one reason and within limits
+of memory; a model folder's code runs only where the recipe names the folder; no pickle; no network.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from network_guard import REFUSED, is_local
+from PIL import Image
+
+from normtune import images
+from normtune.errors import InputError
+from normtune.images import find_image, open_image
+
+# --- network
+
+
+@pytest.mark.parametrize("host", ["93.184.216.34", "example.org", b"example.org", "10.0.0.1", "::2", "0.0.0.0"])
+def test_addresses_beyond_this_machine(host: Any) -> None:
+    assert not is_local(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "", None, socket.gethostname()])
+def test_addresses_of_this_machine(host: Any) -> None:
+    assert is_local(host)
+
+
+TRIES = {
+    "connect": lambda: socket.create_connection(("93.184.216.34", 80), timeout=1),
+    "look up": lambda: socket.getaddrinfo("example.org", 80),
+    "udp": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("93.184.216.34", 53)),
+}
+
+
+@pytest.mark.parametrize("name", TRIES)
+def test_the_suite_is_offline(name: str) -> None:
+    with pytest.raises(RuntimeError, match="the tests are offline"):
+        TRIES[name]()
+    assert REFUSED.pop().startswith("socket.")  # or else the fixture fails this very test
+
+
+def test_this_machine_is_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+        pass
+    for end in socket.socketpair():
+        end.close()
+
+
+def test_children_are_offline() -> None:
+    code = "import socket; socket.create_connection(('93.184.216.34', 80), timeout=1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "the tests are offline" in done.stderr
+
+
+# --- names and links
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """pictures/ with a.png and sub/b.png, beside it secret/c.png."""
+    for name in ("pictures/a.png", "pictures/sub/b.png", "secret/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    return tmp_path / "pictures"
+
+
+LINKS = {  # name of the link, where it leads, the image's name, whether that is within the folder
+    "file within": ("x.png", "a.png", "x.png", True),
+    "folder within": ("other", "sub", "other/b.png", True),
+    "file outside": ("x.png", "../secret/c.png", "x.png", False),
+    "folder outside": ("other", "../secret", "other/c.png", False),
+    "through a folder and back": ("other", "../pictures/sub", "other/b.png", True),
+    "chain": ("x.png", "sub/y.png", "x.png", False),
+    "a folder whose name only begins alike": ("x.png", "../pictures2/c.png", "x.png", False),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_links_stay_in_the_folder(folder: Path, name: str) -> None:
+    link, target, image, inside = LINKS[name]
+    (folder / "sub" / "y.png").symlink_to("../../secret/c.png")
+    (folder.parent / "pictures2").mkdir()
+    Image.new("RGB", (4, 4)).save(folder.parent / "pictures2" / "c.png")
+    (folder / link).symlink_to(target)
+    if inside:
+        assert find_image(folder, image, "item 1") == folder / image
+    else:
+        with pytest.raises(InputError, match=r"item 1: image .* is behind a link that leads out of the images folder"):
+            find_image(folder, image, "item 1")
+
+
+def test_the_folder_itself_may_be_a_link(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder.parent / "linked").symlink_to("pictures")
+    monkeypatch.chdir(folder.parent)
+    for root in (folder.parent / "linked", Path("linked"), Path("./linked/../linked")):
+        assert find_image(root, "sub/b.png", "item 1") == root / "sub/b.png"
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300 + ".png", "\udcff.png", "\ud800.png", "a.png/b", "pipe", "sub", "gone", "."]
+)
+def test_what_is_no_file_is_missing(folder: Path, name: str) -> None:
+    os.mkfifo(folder / "pipe")
+    (folder / "gone").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"item 1: there is no image"):
+        find_image(folder, name, "item 1")
+
+
+# --- pixels
+
+
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG whose header claims a size, with the compressed `data`."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def bmp(width: int, height: int) -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header
+
+
+def gif(width: int, height: int) -> bytes:
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + b"\x2c" + bytes(4) + b"\xff\xff\xff\xff\0\x08"
+
+
+def webp(width: int, height: int) -> bytes:
+    sizes = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    return b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + sizes
+
+
+BOMBS = {
+    "png": png(65000, 65000, zlib.compress(bytes(1000))),
+    "png just above": png(2**13, 2**13 + 1),
+    "bmp": bmp(2**30, 2**30),
+    "bmp just above": bmp(2**13, 2**13 + 1),
+    "gif": gif(65000, 65000),
+    "webp": webp(16384, 16384),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused_by_their_header(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(image: Any) -> Any:
+        raise AssertionError("a decoder was asked for pixels")
+
+    monkeypatch.setattr(images, "_upright", never)
+    path = tmp_path / "x.png"
+    path.write_bytes(BOMBS[name])
+    with pytest.raises(InputError, match=r"item 1: image .*x\.png has more than 67,108,864 pixels; scale it down"):
+        open_image(path, "item 1")
+
+
+def encoded(kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PPM", "ICO", "TGA", "JPEG2000", "EPS", "PDF", "ICNS", "DDS", "AVIF", "PCX", "SGI"])
+def test_formats_off_the_list_are_refused_whatever_their_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(encoded(kind))
+    with pytest.raises(InputError, match="it is no image that Pillow knows as JPEG, PNG, WEBP, GIF, BMP or TIFF"):
+        open_image(path, "item 1")
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_formats_on_the_list_are_opened_whatever_their_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.dat"
+    path.write_bytes(encoded(kind))
+    assert np.abs(np.asarray(open_image(path, "item 1"), dtype=int) - (255, 0, 0)).max() <= 2
+
+
+def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.webp"
+    with path.open("wb") as file:
+        file.write(encoded("WEBP"))
+        file.truncate(2**29 + 1)  # a hole: takes no space
+    with pytest.raises(InputError, match=r"cannot be read: its file is larger than 536,870,912 bytes"):
+        open_image(path, "item 1")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "F", "P"])
+def test_strips_give_what_the_whole_gives(tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transparency and wide greys are computed in strips of rows; the pixels do not depend on how many."""
+    noise = np.random.default_rng(0).integers(0, 256, (37, 23, 4), dtype=np.uint8)
+    image = Image.fromarray(noise, "RGBA")
+    if mode == "P":
+        image = image.convert("RGB").quantize(16)
+        image.info["transparency"] = 3
+    elif mode in ("I;16", "F"):
+        image = Image.fromarray(noise[..., 0].astype(np.uint16 if mode == "I;16" else np.float32) * 77)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "x.tif" if mode == "F" else tmp_path / "x.png")
+    (path,) = tmp_path.iterdir()
+    whole = np.asarray(open_image(path, ""))
+    monkeypatch.setattr(images, "STRIP", 50)
+    assert np.array_equal(np.asarray(open_image(path, "")), whole) and len(np.unique(whole)) > 10
