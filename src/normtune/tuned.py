@@ -74,10 +74,7 @@ def attach_encoder(model: nn.Module, recipe: ModelRecipe) -> None:
 
 
 def move(model: nn.Module, device: torch.device) -> None:
-    """`model.to(device)`, also where the vision encoder is on the meta device: it stays there.
-
-    DistributedDataParallel leaves it out, too (else it would exchange its tensors at the start).
-    """
+    """`model.to(device)`, also where the vision encoder is on the meta device: it stays there."""
     empty = encoders_without_weights(model)
     for name in empty:
         model.set_submodule(name, nn.Identity())
@@ -86,10 +83,6 @@ def move(model: nn.Module, device: torch.device) -> None:
     finally:
         for name, encoder in empty.items():
             model.set_submodule(name, encoder)
-    ignored = [f"{name}.{key}" for name, e in empty.items() for key in e.state_dict(keep_vars=True)]
-    ignored += [f"{name}.{key}" for name, e in empty.items() for key, _ in e.named_buffers()]
-    if ignored:
-        model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
 
 
 def place(model: nn.Module, device: str = "auto") -> torch.device:
