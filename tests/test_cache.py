@@ -31,6 +31,7 @@ from normtune.features import Prepared, Store, filling, images, prepare_features
 from normtune.features.identity import identity, identity_key, weight_files, weights_key
 from normtune.features.store import size
 from normtune.recipe import load_recipe
+from normtune.sharding import ignore_frozen
 from normtune.step import supervised_loss
 from normtune.strategy import apply, lean, tuning
 from normtune.tuned import attach_encoder, build, encoders_without_weights, move
@@ -616,6 +617,7 @@ def test_distributed_training_leaves_the_empty_encoder_out(
     apply(model, "layernorm")
     batch = Collator(processor, None, prepared.store)(mixture.samples[:4])
     wanted = supervised_loss(model, batch)
+    ignore_frozen(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
     loss = supervised_loss(wrapped, batch)
     loss.backward()

@@ -38,7 +38,7 @@ WITHIN = {
     "checkpoint": {"adapter"},
     "step": {"features", "flops", "sharding"},
     "features": {"tuned"},
-    "memory": {"step", "flops", "accounting"},
+    "memory": {"step", "flops", "accounting", "sharding"},
     "analysis": {"evaluation"},
     "comparison": {"training", "evaluation", "analysis"},
 }

@@ -94,18 +94,20 @@ def ask_for_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torc
 
 
 def replicated(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """What runs the model's forward: DistributedDataParallel around it where there are several whole copies.
-
-    It knows the trainable tensors alone: each process has read the base from the same files, so that nothing of it is
-    sent, neither now nor (buffers) with each forward.
-    """
+    """What runs the model's forward: DistributedDataParallel around it where there are several whole copies."""
     if accelerator.num_processes == 1 or is_sharded(model):
         return model
+    ignore_frozen(model)
+    # everything is where it belongs; an encoder without weights could not be moved
+    return accelerator.prepare_model(model, device_placement=False)  # type: ignore[no-any-return]
+
+
+def ignore_frozen(model: nn.Module) -> None:
+    """Tells DistributedDataParallel of the trainable tensors alone: of the base, which every process has read from the
+    same files, nothing is sent then, neither at the start nor (buffers) with each forward."""
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     frozen += [name for name, _ in model.named_buffers()]
     model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
-    # everything is where it belongs; an encoder without weights could not be moved
-    return accelerator.prepare_model(model, device_placement=False)  # type: ignore[no-any-return]
 
 
 def level(model: nn.Module, batches: Sequence[dict[str, torch.Tensor]], device: torch.device) -> list[dict[str, Any]]:

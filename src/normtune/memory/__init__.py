@@ -2,5 +2,18 @@
 
 from normtune.memory.planning import Plan, Shape, largest_batch, plan_step
 from normtune.memory.recipes import USABLE, Job, job_of, plan_recipe, shape_of
+from normtune.memory.traffic import Traffic, plan_traffic
 
-__all__ = ["USABLE", "Job", "Plan", "Shape", "job_of", "largest_batch", "plan_recipe", "plan_step", "shape_of"]
+__all__ = [
+    "USABLE",
+    "Job",
+    "Plan",
+    "Shape",
+    "Traffic",
+    "job_of",
+    "largest_batch",
+    "plan_recipe",
+    "plan_step",
+    "plan_traffic",
+    "shape_of",
+]
