@@ -168,6 +168,16 @@ def test_bombs_are_refused_by_their_header(tmp_path: Path, name: str, monkeypatc
         open_image(path, "item 1")
 
 
+@pytest.mark.parametrize("size", [(1, 201), (402, 1), (2, 401)])
+def test_lines_are_no_pictures(tmp_path: Path, size: tuple[int, int]) -> None:
+    """What scales the shorter side to 336 pixels would need gigabytes for the longer one."""
+    Image.new("RGB", size).save(tmp_path / "x.png")
+    with pytest.raises(InputError, match=r"cannot be read: .* pixels are a line, not a picture"):
+        open_image(tmp_path / "x.png", "item 1")
+    Image.new("RGB", (1, 200)).save(tmp_path / "y.png")
+    assert open_image(tmp_path / "y.png", "item 1").size == (1, 200)
+
+
 def encoded(kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, kind, **options)

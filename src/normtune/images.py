@@ -23,6 +23,7 @@ from normtune.errors import InputError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is opened, by content and not by suffix: each further decoder of Pillow is one more that a file can attack."""
 MAX_PIXELS = 2**26  # 8192 x 8192: every camera's usual picture, decoded in less than 600 MB
+MAX_RATIO = 200  # of the sides: scaled to a side of 336, as processors do before they crop, 67,200 x 336 pixels
 MAX_BYTES = 2**29
 STRIP = 2**20  # pixels that are computed on at a time where a copy of all of them would be large
 
@@ -87,8 +88,8 @@ def open_image(source: ImageSource, where: str) -> Image.Image:
 
     Transparent pixels are laid on white; 16-bit and wider greys are scaled to 8 bits, floating-point ones from 0..1
     if they lie there. InputError, beginning with `where`, for a file that is missing, broken, none of FORMATS, larger
-    than MAX_BYTES, or of more than MAX_PIXELS or twice Pillow's `MAX_IMAGE_PIXELS` pixels; those are told from its
-    header, before memory is taken for them.
+    than MAX_BYTES, longer than MAX_RATIO times its width (or wider), or of more than MAX_PIXELS or twice Pillow's
+    `MAX_IMAGE_PIXELS` pixels; sizes are told from its header, before memory is taken for them.
     """
     limit = min(MAX_PIXELS, 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS))
     too_large = InputError(f"{where}: image {source} has more than {limit:,} pixels; scale it down")
@@ -96,6 +97,8 @@ def open_image(source: ImageSource, where: str) -> Image.Image:
         with source.open("rb") as stream, _header(stream) as file:
             if file.width * file.height > limit:
                 raise too_large
+            if max(file.size) > MAX_RATIO * min(file.size):
+                raise ValueError(f"{file.width:,} x {file.height:,} pixels are a line, not a picture")
             return to_rgb(_upright(file))
     except InputError:
         raise

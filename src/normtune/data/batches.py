@@ -21,6 +21,7 @@ from transformers import LlavaProcessor
 
 from normtune.chat import PLACEHOLDER, Chat, Encoded, Turn
 from normtune.data.samples import Sample
+from normtune.data.skipping import OnBad
 from normtune.errors import InputError
 from normtune.images import open_image
 
@@ -49,12 +50,14 @@ class Row:
         input_ids, supervised: token ids, and for each whether the loss counts it.
         images: as many as the prompt shows.
         pixels: of each image (3, h, w) float32; one tensor for all rows that show it. None where features are stored.
+        where: the sample's name for messages.
     """
 
     input_ids: list[int]
     supervised: list[bool]
     images: tuple[Path, ...] = ()
     pixels: tuple[torch.Tensor, ...] | None = None
+    where: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -90,14 +93,18 @@ class Collator:
     `max_length` the most tokens of a sample, image tokens included (`Chat.encode` says what is cut). With a `store`
     images are not opened: batches hold its features. `counts` adds up samples, images, tokens and supervised tokens,
     and what was left out: cut_turns, cut_tokens, cut_images, and dropped samples, of which nothing to learn remained.
-    (Each worker process of a `DataLoader` counts for itself.)
+    (Each worker process of a `DataLoader` counts for itself.) A sample that cannot be used, because an image of it is
+    broken or because the chat template fails on it, is an error; or, with `on_bad`, told to it and left out: its row
+    is one token without label, so that the batch keeps its place in the data.
 
     Raises:
         InputError: no chat template, or a processor that lays images out in another way.
     """
 
-    def __init__(self, processor: Any, max_length: int | None, store: Features | None = None) -> None:
-        self.processor, self.max_length, self.store = processor, max_length, store
+    def __init__(
+        self, processor: Any, max_length: int | None, store: Features | None = None, on_bad: OnBad | None = None
+    ) -> None:
+        self.processor, self.max_length, self.store, self.on_bad = processor, max_length, store, on_bad
         self.chat = Chat.from_processor(processor)
         self.counts: Counter[str] = Counter()
         pad = self.chat.tokenizer.pad_token_id
@@ -119,18 +126,25 @@ class Collator:
         for sample in samples:
             for path in sample.images:
                 wanted.setdefault(path, sample.where)
-        pixels, tokens = self._look(wanted)
+        pixels, tokens, broken = self._look(wanted)
         encoded: list[Encoded] = []
         rows: list[Row] = []
         for sample in samples:
+            reason = next((broken[path] for path in sample.images if path in broken), None)
             try:
+                if reason is not None:
+                    raise InputError(reason)
                 found = self.chat.encode(sample.turns, [tokens[path] for path in sample.images], self.max_length)
             except InputError as error:
-                raise InputError(f"{sample.where}: {error}") from error
+                if self.on_bad is None:
+                    raise InputError(f"{sample.where}: {error}") from error
+                self.on_bad(sample.where, str(error))
+                self.counts["bad"] += 1
+                found = Encoded([self.chat.stop_ids[0]], [False], 0)
             shown = sample.images[: found.images]
             own = None if self.store is not None else tuple(pixels[path] for path in shown)
             encoded.append(found)
-            rows.append(Row(found.input_ids, found.supervised, shown, own))
+            rows.append(Row(found.input_ids, found.supervised, shown, own, sample.where))
         self._count(encoded, sum(len(sample.images) for sample in samples))
         return rows
 
@@ -179,20 +193,31 @@ class Collator:
             batch = {"pixel_values": torch.stack([pixels[path] for path in places])}
         return batch if len(index) == len(places) else {**batch, "image_index": torch.tensor(index)}
 
-    def _look(self, wanted: dict[Path, str]) -> tuple[dict[Path, torch.Tensor], dict[Path, int]]:
-        """Pixels (3, h, w) float32 and the number of image tokens of each path; `wanted` says which sample names it."""
+    def _look(self, wanted: dict[Path, str]) -> tuple[dict[Path, torch.Tensor], dict[Path, int], dict[Path, str]]:
+        """Pixels (3, h, w) float32 and the number of image tokens of each path, and why it has none where it is broken;
+        `wanted` says which sample names it. InputError for a broken one where there is no `on_bad`."""
         if wanted and getattr(self.processor, "image_processor", None) is None:
             raise InputError("the data has images, but the model's processor takes none: train an MLLM")
         if self.store is not None:
-            return {}, dict.fromkeys(wanted, self.store.tokens)
+            return {}, dict.fromkeys(wanted, self.store.tokens), {}
         pixels: dict[Path, torch.Tensor] = {}
         tokens: dict[Path, int] = {}
+        broken: dict[Path, str] = {}
         paths = list(wanted)
         for some in (paths[i : i + DECODED] for i in range(0, len(paths), DECODED)):
-            values, counts = self._process([open_image(path, wanted[path]) for path in some])
-            pixels.update(zip(some, values, strict=True))
-            tokens.update(zip(some, counts, strict=True))
-        return pixels, tokens
+            opened = {}
+            for path in some:
+                try:
+                    opened[path] = open_image(path, wanted[path])
+                except InputError as error:
+                    if self.on_bad is None:
+                        raise
+                    broken[path] = str(error).removeprefix(f"{wanted[path]}: ")
+            if opened:
+                values, counts = self._process(list(opened.values()))
+                pixels.update(zip(opened, values, strict=True))
+                tokens.update(zip(opened, counts, strict=True))
+        return pixels, tokens, broken
 
     def _count(self, rows: Sequence[Encoded], images: int) -> None:
         used = sum(row.images for row in rows)
