@@ -429,7 +429,7 @@ def losses(model: nn.Module, collator: Collator, mixture: Mixture, steps: int = 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     found = []
     for step in range(steps):
-        batch = collator(mixture.samples[step * 8 : step * 8 + 8])
+        batch = collator(mixture[step * 8 : step * 8 + 8])
         loss = supervised_loss(model, batch) / 20
         loss.backward()
         optimizer.step()
@@ -615,7 +615,7 @@ def test_distributed_training_leaves_the_empty_encoder_out(
     begin(recipe)
     prepared, model, processor, mixture = begin(recipe)
     apply(model, "layernorm")
-    batch = Collator(processor, None, prepared.store)(mixture.samples[:4])
+    batch = Collator(processor, None, prepared.store)(mixture[:4])
     wanted = supervised_loss(model, batch)
     ignore_frozen(model)
     wrapped = nn.parallel.DistributedDataParallel(model)

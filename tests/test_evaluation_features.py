@@ -137,7 +137,7 @@ def test_a_training_and_its_evaluation_share_a_store(recipe: Recipe, data: Path,
     asked = ask(Settings(FIVE), data)
     model, processor = build(recipe.model)
     mixtures = [Mixture(stage.data) for stage in recipe.stages]
-    shown = {image: sample.where for one in mixtures for sample in one.samples for image in sample.images}
+    shown = {image: where for one in mixtures for image, where in one.images()}
     assert fill_store(recipe.model, model, processor, shown, quiet=True) is not None
     stored_features(recipe.model, model, processor, asked)
     prepared = prepare_features(recipe, mixtures, quiet=True)

@@ -99,7 +99,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing.
+    """Writes a whole file or nothing; raises as `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
+    """Writes a whole file or nothing; without `sync` that holds when the process is killed, not when the power fails.
 
     Raises:
         JobError: the disk is full or the folder cannot be written.
@@ -108,10 +113,11 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:
@@ -208,6 +214,11 @@ class Run:
         with atomic_folder(folder) as temporary:
             (temporary / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
         return Run(folder)
+
+
+def cache_folder() -> Path:
+    """`$NORMTUNE_CACHE`, or `~/.cache/normtune`."""
+    return Path(os.environ.get("NORMTUNE_CACHE") or "~/.cache/normtune").expanduser()
 
 
 def file_hash(path: Path) -> str:

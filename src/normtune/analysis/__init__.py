@@ -82,7 +82,7 @@ def analyze_run(
         model = tuned.model
         place(model, recipe.device if recipe else "auto")
         length = recipe.stages[-1].max_length if recipe else None
-        collator = Collator(tuned.processor, length, stored_images(recipe, tuned, [*seen, *samples_of(mixture)]))
+        collator = Collator(tuned.processor, length, stored_images(recipe, tuned, seen, mixture))
         similarity, losses = layers_and_losses(model, collator, seen, mixture, samples, quiet)
         dropped = collator.counts["dropped"]
         document: dict[str, Any] = {
@@ -153,16 +153,12 @@ def over_steps(
     document |= {"gradients": gradients, "notes": [*document["notes"], *notes]}
 
 
-def samples_of(mixture: Mixture | None) -> list[Sample]:
-    return mixture.samples if mixture is not None else []
-
-
-def stored_images(recipe: Recipe | None, tuned: Tuned, samples: Sequence[Sample]) -> Store | None:
-    """The cache in which a training with `cache_features` has kept what its encoder made of the images of `samples`;
-    what is missing is added. None for other runs."""
-    if recipe is None or not recipe.stages[-1].cache_features:
+def stored_images(recipe: Recipe | None, tuned: Tuned, seen: Sequence[Sample], mixture: Mixture | None) -> Store | None:
+    """The cache in which a training with `cache_features` has kept what its encoder made of the images of its samples;
+    what is missing, and of samples that it has not `seen`, is added. None for other runs."""
+    if recipe is None or mixture is None or not recipe.stages[-1].cache_features:
         return None
-    wanted = {path: sample.where for sample in samples for path in sample.images}
+    wanted = {path: sample.where for sample in seen for path in sample.images} | dict(mixture.images())
     return fill_store(recipe.model, tuned.model, tuned.processor, wanted, quiet=True)
 
 

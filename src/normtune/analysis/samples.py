@@ -71,15 +71,15 @@ def answered(asked: Asked) -> list[Sample]:
     return samples
 
 
-def trained_order(mixture: Mixture) -> Iterator[Sample]:
-    """The samples of a stage in a fixed random order, epoch after epoch, without end."""
-    return (mixture[place] for epoch in count() for place in mixture.order(SEED, epoch))
+def trained_order(mixture: Mixture) -> Iterator[int]:
+    """The places of a stage's samples in a fixed random order, epoch after epoch, without end."""
+    return (place for epoch in count() for place in mixture.order(SEED, epoch))
 
 
 def trained_samples(mixture: Mixture, number: int) -> list[Sample]:
     """The first `number` different ones of that order."""
-    chosen = {id(sample): sample for sample in islice(trained_order(mixture), min(number, mixture.per_epoch))}
-    return list(chosen.values())
+    places = islice(trained_order(mixture), min(number, mixture.per_epoch))
+    return [mixture[place] for place in dict.fromkeys(places)]
 
 
 def training_batches(
@@ -88,7 +88,7 @@ def training_batches(
     """`number` batches of the stage's size, each as its micro-batches, padded; the same for every run of this data."""
     order = trained_order(mixture)
     for _ in range(number):
-        rows = collator.encode(list(islice(order, stage.batch_size)))
+        rows = collator.encode([mixture[place] for place in islice(order, stage.batch_size)])
         size = stage.micro_batch_size or MICRO_BATCH
         yield [collator.padded(group) for group in micro_batches(rows, size, False, 0)]
 

@@ -138,8 +138,7 @@ def do_training(cell: Cell) -> Tuned:
 def fill(recipe: Recipe, tuned: Tuned) -> int:
     """Puts what the encoder makes of the images of the stages with `cache_features` on disk; how many there are."""
     cached = [stage for stage in recipe.stages if stage.cache_features]
-    samples = [sample for stage in cached for sample in Mixture(stage.data).samples]
-    wanted = {path: sample.where for sample in samples for path in sample.images}
+    wanted = {path: where for stage in cached for path, where in Mixture(stage.data).images()}
     if wanted:
         fill_store(recipe.model, tuned.model, tuned.processor, wanted)
     return len(wanted)

@@ -108,6 +108,5 @@ def first_batch(recipe: Recipe, stage: Stage, model: nn.Module, processor: Any) 
     seed = recipe.seed * 1000 + recipe.stages.index(stage)
     mixture, store = Mixture(stage.data), None
     if stage.cache_features:
-        wanted = {path: sample.where for sample in mixture.samples for path in sample.images}
-        store = fill_store(recipe.model, model, processor, wanted)
+        store = fill_store(recipe.model, model, processor, dict(mixture.images()))
     return Batches(mixture, Collator(processor, stage.max_length, store), stage, seed, pack)(0)[0]

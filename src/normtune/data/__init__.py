@@ -1,7 +1,9 @@
 """Training data: files to samples, mixtures of them, and batches for the model."""
 
 from normtune.data.batches import IGNORED, Collator, Features, Row, micro_batches
-from normtune.data.samples import Mixture, Sample, read_samples
+from normtune.data.index import read_samples, scan
+from normtune.data.mixture import Mixture
+from normtune.data.samples import Sample, Scanned
 from normtune.images import open_image
 
 __all__ = [
@@ -11,7 +13,9 @@ __all__ = [
     "Mixture",
     "Row",
     "Sample",
+    "Scanned",
     "micro_batches",
     "open_image",
     "read_samples",
+    "scan",
 ]

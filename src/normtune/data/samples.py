@@ -1,7 +1,7 @@
-"""LLaVA JSON and JSONL files to samples, and mixtures of them.
+"""Entries in LLaVA's format to samples.
 
-Scope: read and check files, order samples by seed and epoch. Non-scope: batches (batches.py), how an image file
-becomes RGB (`images.py`).
+Scope: what an entry must be, and what is wrong with one. Non-scope: reading files (entries.py, index.py), batches
+(batches.py), how an image file becomes RGB (`images.py`).
 Source: LLaVA's training format (Liu et al., 2023; Finetune_Custom_Data.md in its repository).
 
 A sample is an object with `conversations` (from: human | gpt, value) or `messages` (role, content), and `image` or
@@ -12,18 +12,17 @@ LLaVA does. Everything that can be checked without decoding an image is checked 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from normtune.chat import PLACEHOLDER, Turn
+from normtune.data.entries import Entry, kind_of
 from normtune.errors import InputError
 from normtune.images import find_image, image_names
-from normtune.recipe import DataSource
+
+KNOWN = 1 << 16  # images whose places are remembered: some ten megabytes
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -39,76 +38,76 @@ class Sample:
     where: str  # for messages: "file.json, item 17 (id 'x')"
 
 
-def read_samples(source: DataSource) -> list[Sample]:
-    """The first `source.limit` samples of a file, in its order.
+@dataclass(frozen=True)
+class Scanned:
+    """What an entry of a data file turned out to be: a sample, or why it is none."""
 
-    The data file and the images folder are relative to the current directory; `kind` defaults to the file's stem.
+    where: str
+    entry: Entry
+    sample: Sample | None
+    problem: InputError | None = None
 
-    Raises:
-        InputError: the file is missing or no JSON (with line and column); a sample is malformed, its turns do not
-            alternate, its images are missing or do not match its "<image>" (with item and id).
+    @property
+    def reason(self) -> str:
+        """The problem without `where`."""
+        return str(self.problem or "").removeprefix(self.where).lstrip(":, ")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the entries of a file become samples.
+
+    Attributes:
+        path: the file as messages name it.
+        unit: what messages call an entry: item, line, row.
+        folder: what names of images are relative to.
+        kind: of its samples.
     """
-    path = Path(source.path)
-    folder = None if source.images is None else Path(source.images)
-    if folder is not None and not folder.is_dir():
-        raise InputError(f"{path}: there is no images folder {folder} (relative to the current directory)")
-    samples: list[Sample] = []
-    known: dict[str, Path] = {}  # one look at the disk, and one Path, for each image of many samples
-    for item, where in _items(path):
-        samples.append(_sample(item, where, source.kind or path.stem, folder, known))
-        if len(samples) == source.limit:
-            break
-    if not samples:
-        raise InputError(f"{path}: it holds no samples")
-    return samples
 
+    path: Path
+    unit: str
+    folder: Path | None
+    kind: str
 
-def _items(path: Path) -> Iterator[tuple[Any, str]]:
-    """The entries of a JSON list or a JSONL file, each with its name for messages."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"data file {path} (from the current directory) cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: it is not UTF-8 text (byte {error.start})") from error
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield from _named([_parse(line, path, number)], path, "line", number)
-        return
-    data = _parse(text, path, 1)
-    if not isinstance(data, list):
-        raise InputError(f"{path}: expected a list of samples, found {_kind(data)}")
-    yield from _named(data, path, "item", 1)
+    def sample(self, entry: Entry, known: dict[str, Path] | None = None) -> Sample:
+        """An entry, checked. `known` are images of which it is known where they are; those of the entry are added.
 
+        Raises:
+            InputError: naming the entry, for anything that is wrong in it, images that are not there included.
+        """
+        if entry.problem is not None:
+            raise entry.problem
+        return _sample(entry.value, self.where(entry), self.kind, self.folder, {} if known is None else known)
 
-def _parse(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {first_line + error.lineno - 1}, column {error.colno}"
-        hint = " (is it one object per line? Then name it .jsonl)" if error.msg == "Extra data" else ""
-        raise InputError(f"{path}, {place}: no valid JSON: {error.msg}{hint}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested without end
-        raise InputError(f"{path}: no usable JSON: {error}") from error
+    def where(self, entry: Entry) -> str:
+        """The name of an entry for messages: "file.json, item 17 (id 'x')"."""
+        name = entry.value.get("id") if isinstance(entry.value, dict) else None
+        return f"{self.path}, {self.unit} {entry.number}" + (f" (id {name!r})" if name is not None else "")
 
-
-def _named(items: list[Any], path: Path, unit: str, first: int) -> Iterator[tuple[Any, str]]:
-    for number, item in enumerate(items, first):
-        name = item.get("id") if isinstance(item, dict) else None
-        yield item, f"{path}, {unit} {number}" + (f" (id {name!r})" if name is not None else "")
+    def scan(self, entries: Iterable[Entry]) -> Iterator[Scanned]:
+        """Each entry as a sample, or with what is wrong in it."""
+        known: dict[str, Path] = {}  # one look at the disk, and one Path, for each image of many samples
+        for entry in entries:
+            if len(known) > KNOWN:
+                known.clear()
+            where = self.where(entry)
+            try:
+                scanned = Scanned(where, entry, self.sample(entry, known))
+            except InputError as error:
+                scanned = Scanned(where, entry, None, error)
+            yield scanned
 
 
 def _sample(item: Any, where: str, kind: str, folder: Path | None, known: dict[str, Path]) -> Sample:
     """One entry, checked."""
     if not isinstance(item, dict):
-        raise InputError(f"{where}: expected an object, found {_kind(item)}")
+        raise InputError(f"{where}: expected an object, found {kind_of(item)}")
     field = next((name for name in ("conversations", "messages") if item.get(name) is not None), None)
     if field is None:
         raise InputError(f"{where}: it has neither `conversations` nor `messages`")
     entries = item[field]
     if not isinstance(entries, list) or not entries:
-        raise InputError(f"{where}: `{field}` must be a list of turns, found {_kind(entries)}")
+        raise InputError(f"{where}: `{field}` must be a list of turns, found {kind_of(entries)}")
     names = image_names(item, where)
     inline: list[str] = []
     turns = [_turn(entry, f"{where}, `{field}`, turn {n}", inline) for n, entry in enumerate(entries, 1)]
@@ -126,7 +125,7 @@ def _sample(item: Any, where: str, kind: str, folder: Path | None, known: dict[s
 def _turn(entry: Any, where: str, images: list[str]) -> Turn:
     """One turn of either dialect; names of images in its parts are appended to `images`."""
     if not isinstance(entry, dict):
-        raise InputError(f"{where}: expected an object, found {_kind(entry)}")
+        raise InputError(f"{where}: expected an object, found {kind_of(entry)}")
     name = entry.get("from", entry.get("role"))
     role = _ROLES.get(name) if isinstance(name, str) else None
     if role is None:
@@ -135,7 +134,7 @@ def _turn(entry: Any, where: str, images: list[str]) -> Turn:
     if isinstance(text, list):
         text = "".join(_part(part, where, images) for part in text)
     if not isinstance(text, str):
-        raise InputError(f"{where}: its text must be a string (or a list of parts), found {_kind(text)}")
+        raise InputError(f"{where}: its text must be a string (or a list of parts), found {kind_of(text)}")
     if role != "user" and PLACEHOLDER in text:
         raise InputError(f"{where}: {PLACEHOLDER} stands in the {role}'s text; only a user's turn can hold images")
     try:
@@ -155,7 +154,7 @@ def _part(part: Any, where: str, images: list[str]) -> str:
     name = part.get("image", part.get("path"))
     if name is not None:
         if not isinstance(name, str) or not name:
-            raise InputError(f"{where}: the image of a part must be a file name, found {_kind(name)}")
+            raise InputError(f"{where}: the image of a part must be a file name, found {kind_of(name)}")
         images.append(name)
     return f"{PLACEHOLDER}\n"
 
@@ -185,53 +184,3 @@ def _check_order(turns: list[Turn], where: str) -> None:
             raise InputError(f"{where}, turn {number} ({turn.role}): its text is empty")
     if turns[-1].role != "assistant":
         raise InputError(f"{where}: its last turn is the {turns[-1].role}'s; the assistant's must follow")
-
-
-def _kind(value: Any) -> str:
-    """What a JSON value is, in JSON's words."""
-    names = {list: "a list", dict: "an object", str: "a string", bool: "true or false", type(None): "nothing"}
-    return ("an empty list" if value == [] else "") or names.get(type(value), "a number")
-
-
-class Mixture:
-    """All files of a stage as one sequence of samples, `mixture[i]`.
-
-    A file of n samples with weight w contributes round(w * n) of them to each epoch: all of them as often as that
-    goes, and for the rest a subset that is drawn anew for each epoch. InputError as in `read_samples`, and for a
-    weight that leaves nothing of a file.
-    """
-
-    def __init__(self, sources: Sequence[DataSource]) -> None:
-        self.samples: list[Sample] = []
-        self._parts: list[tuple[int, int, int]] = []  # first index, samples, samples per epoch
-        for source in sources:
-            samples = read_samples(source)
-            wanted = round(source.weight * len(samples))
-            if wanted == 0:
-                raise InputError(f"{source.path}: weight {source.weight:g} of {len(samples)} samples leaves none")
-            self._parts.append((len(self.samples), len(samples), wanted))
-            self.samples += samples
-        self._last: tuple[tuple[int, int], list[int]] | None = None
-
-    def __len__(self) -> int:
-        """The number of different samples; an epoch has `per_epoch`."""
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
-
-    @property
-    def per_epoch(self) -> int:
-        """The number of samples in an epoch."""
-        return sum(wanted for _, _, wanted in self._parts)
-
-    def order(self, seed: int, epoch: int) -> list[int]:
-        """The indices of one epoch in their order: the same for the same seed and epoch, wherever it runs."""
-        if self._last is None or self._last[0] != (seed, epoch):
-            generator = np.random.default_rng([seed, epoch])
-            chosen = [
-                first + np.concatenate([np.tile(np.arange(n), wanted // n), generator.permutation(n)[: wanted % n]])
-                for first, n, wanted in self._parts
-            ]
-            self._last = (seed, epoch), generator.permutation(np.concatenate(chosen)).tolist()
-        return list(self._last[1])

@@ -7,6 +7,7 @@ without an encoder's weights (model.py, tuned.py).
 
 from normtune.features.filling import Prepared, can_store, fill_store, prepare_features
 from normtune.features.once import images
-from normtune.features.store import Store, cache_folder
+from normtune.features.store import Store
+from normtune.runlog import cache_folder
 
 __all__ = ["Prepared", "Store", "cache_folder", "can_store", "fill_store", "images", "prepare_features"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,11 +20,12 @@ from torch import nn
 from normtune.errors import InputError
 from normtune.features.identity import identity, identity_key
 from normtune.features.once import frozen, image_reader
-from normtune.features.store import Store, cache_folder
+from normtune.features.store import Store
 from normtune.images import open_image
 from normtune.layers import unwrapped
 from normtune.probes import Features, probe_encoder
 from normtune.progress import Bar, say
+from normtune.runlog import cache_folder
 from normtune.strategy import check, tuning
 
 if TYPE_CHECKING:
@@ -35,10 +36,14 @@ SHARD_IMAGES = 512
 BATCH = 16
 
 
-class HasSamples(Protocol):
+class HasImages(Protocol):
     """A `data.Mixture`."""
 
-    samples: list[Any]  # with `images`, paths, and `where`, for messages
+    has_images: bool
+
+    def images(self) -> Iterator[tuple[Path, str]]:
+        """Files, each with what names it in messages."""
+        ...
 
 
 @dataclass
@@ -182,7 +187,7 @@ class Encoder:
         return given.cpu()
 
 
-def prepare_features(recipe: Recipe, mixtures: Sequence[HasSamples], *, quiet: bool = False) -> Prepared | None:
+def prepare_features(recipe: Recipe, mixtures: Sequence[HasImages], *, quiet: bool = False) -> Prepared | None:
     """The images that the stages with `cache_features` show (one mixture per stage), and what of them is stored.
 
     None where no such stage has images. Reads every image file once, for its SHA-256.
@@ -191,12 +196,11 @@ def prepare_features(recipe: Recipe, mixtures: Sequence[HasSamples], *, quiet: b
         InputError: an image or a model folder that cannot be read.
     """
     cached = [number for number, stage in enumerate(recipe.stages) if stage.cache_features]
-    shown = [{path: s.where for s in mixture.samples for path in s.images} for mixture in mixtures]
-    wanted = {path: where for number in cached for path, where in shown[number].items()}
+    wanted = {path: where for number in cached for path, where in mixtures[number].images()}
     if not wanted:
         return None
     prepared = prepare_images(recipe.model, wanted, quiet=quiet)
-    live = any(images for images, stage in zip(shown, recipe.stages, strict=True) if not stage.cache_features)
+    live = any(mixture.has_images for mixture, s in zip(mixtures, recipe.stages, strict=True) if not s.cache_features)
     return replace(prepared, stages=tuple(recipe.stages[: cached[-1] + 1]), known=None if live else prepared.known)
 
 

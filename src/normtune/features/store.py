@@ -33,11 +33,6 @@ STALE = 24 * 3600.0  # seconds after which an unfinished file is one that nobody
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
 
 
-def cache_folder() -> Path:
-    """`$NORMTUNE_CACHE`, or `~/.cache/normtune`."""
-    return Path(os.environ.get("NORMTUNE_CACHE") or "~/.cache/normtune").expanduser()
-
-
 class Store:
     """The features of one encoder, in `folder`; nothing is written before `describe` or `add`.
 
