@@ -100,7 +100,7 @@ def train(recipe: Any, **options: Any) -> Any:
     from normtune.training import train as run
     from normtune.world import resolve
 
-    own = {key: options.pop(key) for key in ("out", "resume", "quiet", "evaluate") if key in options}
+    own = {key: options.pop(key) for key in ("out", "resume", "force", "quiet", "evaluate") if key in options}
     located = resolve(load_recipe(recipe, override_texts(options)))
     return run(located, **{"evaluate": during_training(located), **own})
 

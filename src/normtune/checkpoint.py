@@ -1,13 +1,18 @@
-"""Checkpoints of a training: complete or absent, without pickle, never the frozen base.
+"""Checkpoints of a training: complete or absent, verified before use, without pickle, never the frozen base.
 
 On disk `checkpoints/STAGE-STEP/`: `tensors.safetensors` (tuned parameters under `p.`, AdamW's moments under `m.` and
-`v.`, its steps under `s.`) and `state.json`. Not here: when to write one (training/).
+`v.`, its steps under `s.`) and `state.json`: where the training stands, the SHA-256 of each file and of itself. No
+random state: dropout and the order of the data are drawn from (seed, stage, step, process). Not here: when to write
+one, and in which thread (training/).
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import json
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +25,12 @@ from torch import nn
 from normtune.adapter import put_tensors
 from normtune.errors import InputError
 from normtune.recipe import Recipe, load_recipe
-from normtune.runlog import Run, atomic_folder, read_json, write_json
+from normtune.runlog import Run, atomic_folder, file_hash, read_json, write_json
 from normtune.strategy import is_lora, plain, tuning
 
-FORMAT = 2
+FORMAT = 3
+EARLIER = 2  # without checksums
+STATE, TENSORS = "state.json", "tensors.safetensors"
 
 HARMLESS = frozenset(
     ("keep", "save_every", "threads", "device", "trackers", "bad_samples", "max_bad", "on_nonfinite", "watchdog")
@@ -40,60 +47,127 @@ class Position:
     step: int
     finished: bool  # the stage is complete
     lora: dict[str, Any] | None = None
+    total: int | None = None  # steps of the stage, over which its schedule runs
+    samples: int | None = None  # of the stage's data
+    processes: int | None = None
+    tracker: str | None = None  # id under which an outside tracker knows the run
 
     @property
     def order(self) -> tuple[int, int, bool]:
         return self.stage, self.step, self.finished
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Position) -> Path:
+def copy_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies in memory of what a checkpoint holds; later steps do not change them."""
+    state = tuning(model)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, tensor: torch.Tensor) -> None:
+        tensors[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+    for name, parameter in model.named_parameters():
+        if plain(name) in state.tuned or parameter.requires_grad:
+            keep("p." + plain(name), parameter)
+        moments = optimizer.state.get(parameter)
+        if moments and "exp_avg" in moments:
+            keep("m." + plain(name), moments["exp_avg"])
+            keep("v." + plain(name), moments["exp_avg_sq"])
+            keep("s." + plain(name), moments["step"].reshape(1))
+    return tensors
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], position: Position) -> Path:
     """Writes `folder/NAME-STEP`; returns its path.
 
     Raises:
-        JobError: the disk is full; nothing half-written stays.
+        JobError: the disk is full; nothing half-written stays. InputError: the folder cannot be written.
     """
-    state = tuning(model)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if plain(name) in state.tuned or parameter.requires_grad:
-            tensors["p." + plain(name)] = parameter.detach().cpu().contiguous()
-        moments = optimizer.state.get(parameter)
-        if moments and "exp_avg" in moments:
-            tensors["m." + plain(name)] = moments["exp_avg"].detach().cpu().contiguous()
-            tensors["v." + plain(name)] = moments["exp_avg_sq"].detach().cpu().contiguous()
-            tensors["s." + plain(name)] = moments["step"].detach().cpu().reshape(1)
     path = folder / f"{position.name}-{position.step}"
     with atomic_folder(path, replace=True) as temporary:
-        save_file(tensors, temporary / "tensors.safetensors")
-        write_json(temporary / "state.json", {"format": FORMAT, **asdict(position)})
+        save_file(tensors, temporary / TENSORS)
+        record = {"format": FORMAT, **asdict(position), "files": {TENSORS: file_hash(temporary / TENSORS)}}
+        write_json(temporary / STATE, {**record, "sha256": seal(record)})
     return path
 
 
-def list_checkpoints(folder: Path) -> list[tuple[Position, Path]]:
-    """Usable checkpoints in the order of training; damaged ones are left out."""
+def seal(record: dict[str, Any]) -> str:
+    """SHA-256 of a record, in hex."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(path: Path) -> tuple[Position, dict[str, str]]:
+    """Where the training stood at a checkpoint, and the SHA-256 of each of its files.
+
+    Raises:
+        InputError: no checkpoint, one of another format, or a damaged one.
+    """
+    record = read_json(path / STATE, "checkpoint")
+    if not isinstance(record, dict) or record.get("format") not in (EARLIER, FORMAT):
+        raise damaged(path, f"{STATE} is of no known format")
+    if record["format"] == FORMAT and record.pop("sha256", None) != seal(record):
+        raise damaged(path, f"{STATE} is not what was written")
+    del record["format"]
+    files = record.pop("files", {})
+    try:
+        return Position(**record), files
+    except TypeError:
+        raise damaged(path, f"{STATE} lacks an entry") from None
+
+
+def damaged(path: Path, why: str) -> InputError:
+    return InputError(f"checkpoint {path} is damaged ({why})\nResume its training: it goes on from the one before.")
+
+
+def list_checkpoints(folder: Path, tell: Callable[[str], None] | None = None) -> list[tuple[Position, Path]]:
+    """Checkpoints in the order of training; `tell` is told of each whose state is damaged, and left out.
+
+    Their tensors are verified when they are read.
+    """
     found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        with contextlib.suppress(InputError, TypeError):
-            record = read_json(path / "state.json", "checkpoint")
-            if record.pop("format", None) == FORMAT and (path / "tensors.safetensors").is_file():
-                found.append((Position(**record), path))
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.startswith(".") or not path.is_dir():
+            continue
+        try:
+            found.append((read_state(path)[0], path))
+        except InputError as error:
+            if tell is not None:
+                tell(str(error).splitlines()[0])
     return sorted(found, key=lambda item: item[0].order)
 
 
-def prune(folder: Path, name: str, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints of a stage; the finished one always stays."""
-    of_stage = [(position, path) for position, path in list_checkpoints(folder) if position.name == name]
-    for position, path in of_stage[:-keep]:
-        if not position.finished:
-            shutil.rmtree(path, ignore_errors=True)
+def prune(folder: Path, position: Position, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints of a stage up to `position`; the finished one always stays.
+
+    Those behind `position` go: the training went on from before them, since they were damaged.
+    """
+    found = list_checkpoints(folder)
+    stale = [path for other, path in found if other.order > position.order]
+    of_stage = [(other, path) for other, path in found if other.name == position.name and other.order <= position.order]
+    for path in stale + [path for other, path in of_stage[:-keep] if not other.finished]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what a killed process left of `atomic_folder`; puts back what it was about to replace."""
+    for path in folder.glob(".*.old") if folder.is_dir() else ():
+        whole = folder / path.name[1:].rsplit(".", 2)[0]
+        if (path / "was").exists() and not whole.exists():
+            os.replace(path / "was", whole)
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*.part") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Raises InputError where the file is missing or damaged."""
+    """Raises InputError where the file is missing or not what was written."""
+    _, files = read_state(path)
     try:
-        return load_file(path / "tensors.safetensors")
+        for name, digest in files.items():
+            if file_hash(path / name) != digest:
+                raise damaged(path, f"{name} is not what was written")
+        return load_file(path / TENSORS)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"checkpoint {path} is damaged ({error}); remove it and resume from the one before") from None
+        raise damaged(path, str(error)) from None
 
 
 def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: Path) -> None:
@@ -125,18 +199,23 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
             }
 
 
-def check_same(recipe: Recipe, run: Run) -> None:
-    """Refuses to resume under another recipe, naming the first keys that differ."""
+def check_same(recipe: Recipe, run: Run, force: bool = False) -> dict[str, Any]:
+    """What differs between the recipe of a run and `recipe`: key -> [then, now]; harmless keys left out.
+
+    Raises:
+        InputError: anything differs (unless `force`), naming the first keys.
+    """
     before = flatten(load_recipe(run.recipe).model_dump(mode="json"))
     now = flatten(recipe.model_dump(mode="json"))
     differing = (k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     keys = sorted(k for k in differing if k.partition(".")[0] not in HARMLESS)
-    if keys:
+    if keys and not force:
         shown = ", ".join(f"{k} ({before.get(k)!r} then, {now.get(k)!r} now)" for k in keys[:3])
         raise InputError(
             f"{run.folder} was started with another recipe: {shown}{' ...' if len(keys) > 3 else ''};\n"
-            "resume with the same values, or train into another folder (--out)"
+            "resume with the same values, train into another folder (--out), or go on with these (--force)"
         )
+    return {key: [before.get(key), now.get(key)] for key in keys}
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
@@ -157,7 +236,7 @@ def finished_first_stage(recipe: Recipe, folder: Path) -> Path:
     if not (folder / "recipe.yaml").is_file():
         raise InputError(f"start_from: no run at {folder}; give the folder of a finished run")
     earlier = load_recipe(folder / "recipe.yaml")
-    if earlier.model != recipe.model:
+    if weights_of(earlier) != weights_of(recipe):
         raise InputError(
             f"start_from: {folder} was trained on another model; use the same model section, or start anew"
         )
@@ -170,3 +249,8 @@ def finished_first_stage(recipe: Recipe, folder: Path) -> Path:
         if position.stage == 0 and position.finished:
             return path
     raise InputError(f"start_from: stage {name} of {folder} is not finished; resume that run first")
+
+
+def weights_of(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of its model that decides the weights."""
+    return recipe.model.model_dump(exclude={"shard", "trust_remote_code"})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from normtune.flops import Flops, causal_pairs
 from normtune.kernels import HeadLoss, Logits, find_logits, without_head
 from normtune.kernels.segments import segments
 from normtune.layers import unwrapped
+from normtune.sharding import sum_gradients
 from normtune.strategy import Movement, Report, check_step_size, parameter_groups, tuning
 
 if TYPE_CHECKING:  # the loss serves programs that have neither
@@ -33,6 +34,24 @@ if TYPE_CHECKING:  # the loss serves programs that have neither
 
 GUARD_STEPS = 10  # a gain that trains at all has moved by then
 MICRO_BATCH = 16  # samples per forward pass, unless the stage says
+
+
+class NotFinite(JobError):
+    """A loss or gradient that is not finite; nothing was updated.
+
+    Attributes:
+        facts: loss and gradient norm, as text (they are no JSON numbers).
+        micro_batches: numbers of this process's micro-batches whose loss is not finite.
+    """
+
+    def __init__(self, where: str, loss: float, norm: float, micro_batches: list[int]) -> None:
+        super().__init__(f"{where}: loss {loss:.4g}, gradient norm {norm:.4g}: not finite; lower learning_rate")
+        self.facts = {"loss_was": f"{loss:.4g}", "grad_norm_was": f"{norm:.4g}"}
+        self.micro_batches = micro_batches
+
+
+class Abandoned(Exception):
+    """The step was given up between two micro-batches, because the training was told to stop; nothing was updated."""
 
 
 def check_rates(stage: Stage, parts: Mapping[str, list[nn.Parameter]]) -> None:
@@ -109,12 +128,16 @@ def take_step(
     stage: Stage,
     step: int,
     total: int,
+    stopped: Callable[[], bool] = bool,
 ) -> dict[str, Any]:
     """Forward and backward over the micro-batches, then one update; returns the step's figures, summed over processes
     but for `batch`, which says what this process computed (see `batch_digest`).
 
+    Args:
+        stopped: asked between micro-batches whether to give up (of several processes none can do that alone).
+
     Raises:
-        JobError: no supervised token, or a loss or gradient that is not finite (nothing is updated then).
+        JobError: no supervised token. NotFinite: a loss or gradient that is not. Abandoned: `stopped` said yes.
     """
     began = time.perf_counter()
     dtype = tuning(accelerator.unwrap_model(model)).dtype
@@ -122,7 +145,7 @@ def take_step(
     supervised, tokens, images, pairs = accelerator.reduce(own.to(accelerator.device)).tolist()
     if supervised == 0:
         raise JobError(f"{stage.name}, step {step + 1}: no sample of this step has a supervised token; see max_length")
-    loss_sum = torch.zeros((), device=accelerator.device)
+    losses = []
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
@@ -131,18 +154,21 @@ def take_step(
                 # a batch without images does not reach the connector: its gradient is zero, not missing
                 loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
             accelerator.backward(loss * accelerator.num_processes / supervised)
-            loss_sum += loss.detach()
-    mean = float(accelerator.reduce(loss_sum)) / supervised
+            losses.append(loss.detach())
+        if not last and accelerator.num_processes == 1 and stopped():
+            optimizer.zero_grad(set_to_none=True)
+            raise Abandoned
+    mean = float(accelerator.reduce(total_of(losses))) / supervised
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter in parameters:  # as where several processes exchange gradients: not reached is zero, not missing
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    sum_gradients(model, parameters)
     norm = float(accelerator.clip_grad_norm_(parameters, stage.clip or math.inf))
     if not math.isfinite(mean) or not math.isfinite(norm):
-        optimizer.zero_grad()
-        raise JobError(
-            f"{stage.name}, step {step + 1}: loss {mean:.4g}, gradient norm {norm:.4g}: not finite; lower learning_rate"
-        )
+        optimizer.zero_grad(set_to_none=True)
+        wrong = [number for number, loss in enumerate(losses) if not math.isfinite(float(loss))]
+        raise NotFinite(f"{stage.name}, step {step + 1}", mean, norm, wrong)
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * schedule(stage, step, total)
     optimizer.step()
@@ -159,6 +185,14 @@ def take_step(
         "pairs": pairs,
         "seconds": seconds,
     }
+
+
+def total_of(losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Their sum, added up in order from zero."""
+    total = torch.zeros((), device=losses[0].device)
+    for loss in losses:
+        total += loss
+    return total
 
 
 def add_throughput(record: dict[str, Any], waited: float, flops: Flops, peak: float | None) -> None:

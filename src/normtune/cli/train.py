@@ -16,9 +16,15 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder (default: runs/NAME).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: also under a changed recipe or on changed data.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a recipe: every stage, then an adapter. Progress goes to stderr, the result to stdout.
+
+    Exit codes: 0 done (also where there is nothing to resume), 1 failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM; after
+    both of the last everything is saved, and --resume goes on.
 
     Example: normtune train recipes/world.yaml stages.1.strategy=layernorm-simple --out runs/simple
     """
@@ -33,7 +39,7 @@ def train(
     from normtune.world import resolve
 
     located = resolve(resolved)
-    trained = run_training(located, out=out, resume=resume, evaluate=during_training(located))
+    trained = run_training(located, out=out, resume=resume, force=force, evaluate=during_training(located))
     if os.environ.get("RANK", "0") != "0":  # one of several processes: the first one speaks
         return
     size = sum(path.stat().st_size for path in (trained.folder / "adapter").rglob("*") if path.is_file())

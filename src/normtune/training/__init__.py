@@ -22,9 +22,11 @@ from normtune.recipe import Recipe, load_recipe, override_texts
 from normtune.runlog import Run
 from normtune.strategy import Report, restore
 from normtune.training.evaluating import Evaluate, base_facts
-from normtune.training.loop import Interrupted, apply_stage, interruptible, run_stage
+from normtune.training.loop import apply_stage, run_stage
 from normtune.training.peak import PEAK_OF, Peak
-from normtune.training.starting import check_lora_order, recover, start
+from normtune.training.resuming import accept, open_trackers, recover
+from normtune.training.starting import check_lora_order, restarted, start
+from normtune.training.stopping import Interrupted, interruptible
 from normtune.tuned import attach_encoder, open_tuned
 
 __all__ = ["Interrupted", "Trained", "train"]
@@ -46,6 +48,7 @@ def train(
     *,
     out: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     quiet: bool = False,
     evaluate: Evaluate | None = None,
     **overrides: Any,
@@ -53,21 +56,25 @@ def train(
     """Runs every stage of a recipe; leaves `runs/NAME` (or `out`) with log, checkpoints and adapter.
 
     Args:
+        resume: go on from the last checkpoint that is whole; start over where there is none, return a finished run.
+        force: resume although the recipe or the number of samples has changed.
         evaluate: what stages with `evaluate_every` call: (model, processor) -> scores by name (see
             `normtune.evaluation.during.during_training`).
         overrides: recipe keys by dotted name, e.g. `seed=1`, `**{"stages.1.learning_rate": 1e-4}`.
 
     Raises:
-        InputError: wrong recipe, model or data; a run folder that exists (without `resume`).
-        JobError: loss not finite, gains that do not move, disk full.
+        InputError: wrong recipe, model or data; a run folder that exists (without `resume`); another recipe than
+            that of the run (without `force`).
+        JobError: loss not finite, gains that do not move, disk full, out of memory.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
     began, peak = time.monotonic(), Peak()
     recipe = load_recipe(recipe, override_texts(overrides))
     check_lora_order(recipe)
     run = Run(Path(out) if out else Path("runs") / recipe.name)
+    resume = resume or restarted()
+    changed = check_same(recipe, run, force) if resume and run.recipe.is_file() else {}
     if resume and (run.adapter / "adapter.json").is_file():
-        check_same(recipe, run)
         if not quiet:
             say(f"{run.folder} is finished already; nothing to resume")
         tuned = open_tuned(run.folder)
@@ -77,13 +84,17 @@ def train(
     loop.evaluate = evaluate
     report = None
     try:
-        with interruptible(loop.stop):
-            first, step = recover(loop, resume)
+        with loop.saver, interruptible(loop.stop):
+            first, step = recover(loop, resume, force)
+            accept(loop, changed)
+            open_trackers(loop)
             for index in range(first, len(recipe.stages)):
                 report = run_stage(loop, index, step)
                 step = 0
     except InputError:
-        if fresh and not list_checkpoints(run.checkpoints):  # nothing was trained: leave no run in the way
+        if (
+            fresh and loop.accelerator.is_main_process and not list_checkpoints(run.checkpoints)
+        ):  # nothing was trained: leave no run in the way
             shutil.rmtree(run.folder, ignore_errors=True)
         raise
     restore(loop.model)

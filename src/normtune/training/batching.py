@@ -31,17 +31,25 @@ class Batches:
     processes: int = 1
 
     def __call__(self, step: int) -> list[dict[str, torch.Tensor]]:
+        groups = self.groups(step)
+        if groups:
+            return [self.layout(group) for group in groups]
+        # fewer samples than processes: this one only takes part in the exchange of gradients
+        idle = self.layout(self.collator.encode([self.mixture[self.samples(step)[0]]]))
+        return [{**idle, "labels": torch.full_like(idle["labels"], IGNORED)}]
+
+    def samples(self, step: int) -> list[int]:
+        """The samples of a step, over all processes."""
         per_epoch, _ = steps_of(self.stage, self.mixture)
-        order = self.mixture.order(self.seed, step // per_epoch)
         at = step % per_epoch * self.stage.batch_size
-        mine = order[at : at + self.stage.batch_size][self.process :: self.processes]
-        if not mine:  # fewer samples than processes: this one only takes part in the exchange of gradients
-            idle = self.layout(self.collator.encode([self.mixture[order[at]]]))
-            return [{**idle, "labels": torch.full_like(idle["labels"], IGNORED)}]
-        rows = self.collator.encode([self.mixture[i] for i in mine])
+        return self.mixture.order(self.seed, step // per_epoch)[at : at + self.stage.batch_size]
+
+    def groups(self, step: int) -> list[list[Row]]:
+        """The rows of each micro-batch of this process; none where it is idle."""
+        rows = self.collator.encode([self.mixture[i] for i in self.samples(step)[self.process :: self.processes]])
         packed = self.pack is not None
         size = self.stage.micro_batch_size or (len(rows) if packed else MICRO_BATCH)
-        return [self.layout(group) for group in micro_batches(rows, size, packed, self.pack or 0)]
+        return micro_batches(rows, size, packed, self.pack or 0) if rows else []
 
     def layout(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         return self.collator.padded(rows) if self.pack is None else self.collator.packed(rows)

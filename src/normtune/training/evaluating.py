@@ -29,7 +29,7 @@ def base_facts(recipe: Recipe) -> dict[str, Any]:
 def evaluate_if_due(loop: Loop, stage: Stage, step: int, total: int, overall: int) -> None:
     """Evaluates every `evaluate_every` steps and after the last one; logs the scores, keeps the best adapter.
 
-    One process evaluates, the others wait.
+    All processes evaluate, each its share; the first one writes.
 
     Raises:
         InputError: a score that `keep_best` names and the evaluation does not give.
@@ -37,9 +37,9 @@ def evaluate_if_due(loop: Loop, stage: Stage, step: int, total: int, overall: in
     every = stage.evaluate_every
     if loop.evaluate is None or not every or (step % every and step != total):
         return
+    began = time.perf_counter()
+    scores = loop.evaluate(loop.model, loop.processor)
     if loop.accelerator.is_main_process:
-        began = time.perf_counter()
-        scores = loop.evaluate(loop.model, loop.processor)
         best = keep_best(loop, stage, step, scores)
         seconds = round(time.perf_counter() - began, 2)
         loop.log({"event": "evaluation", "stage": stage.name, "step": step, **scores, "seconds": seconds}, step=overall)

@@ -1,14 +1,13 @@
-"""One stage of a training: step, log, guard, checkpoint. Not here: how a run begins (starting.py)."""
+"""One stage of a training: step, log, guard, checkpoint. Not here: how a run begins (starting.py) or goes on
+(resuming.py), what is said of a step that fails (guarding.py), how a checkpoint gets to the disk (saving.py).
+"""
 
 from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,24 +16,23 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from normtune.checkpoint import Position, load_optimizer, prune, read_tensors, save_checkpoint
+from normtune.checkpoint import Position, copy_tensors, load_optimizer, read_tensors
 from normtune.data import Collator, Mixture
-from normtune.errors import NormtuneError
+from normtune.errors import JobError
 from normtune.features import Prepared
 from normtune.flops import count_flops, peak_rate
 from normtune.progress import Bar, say
 from normtune.recipe import Recipe, Stage, parse_interval
 from normtune.runlog import Run
-from normtune.step import Guard, add_throughput, description, make_optimizer, note_of, take_step
+from normtune.sharding import level, replicated
+from normtune.step import Abandoned, Guard, add_throughput, description, make_optimizer, note_of
 from normtune.strategy import Report, apply, checkpoint, compile_blocks, lean, restore, tuning
 from normtune.training.batching import Batches, choose_packing, steps_of
 from normtune.training.evaluating import Evaluate, evaluate_if_due
-
-
-class Interrupted(NormtuneError):
-    """Ctrl-C or SIGTERM: everything is saved, `--resume` goes on."""
-
-    exit_code = 130
+from normtune.training.guarding import guarded_step
+from normtune.training.saving import Saver
+from normtune.training.stopping import Interrupted, Stop
+from normtune.training.watchdog import Watchdog
 
 
 @dataclass
@@ -50,8 +48,14 @@ class Loop:
     quiet: bool
     prepared: Prepared | None = None
     evaluate: Evaluate | None = None
-    stop: threading.Event = field(default_factory=threading.Event)
-    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
+    stop: Stop = field(default_factory=Stop)
+    saver: Saver = field(init=False)
+    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was taken
+    bad_steps: int = 0  # in a row, left out since not finite
+    tracker: str | None = None  # id of the run in an outside tracker
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.run.checkpoints, self.recipe.keep)
 
     def log(self, record: dict[str, Any], step: int | None = None) -> None:
         if not self.accelerator.is_main_process:
@@ -64,27 +68,6 @@ class Loop:
     def say(self, text: str) -> None:
         if self.accelerator.is_main_process and not self.quiet:
             say(text)
-
-
-@contextmanager
-def interruptible(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set `stop`; a second Ctrl-C ends at once."""
-
-    def handler(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        say("finishing this step, then saving; once more to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
 
 
 def apply_stage(loop: Loop, stage: Stage) -> Report:
@@ -104,30 +87,39 @@ def run_stage(loop: Loop, index: int, first_step: int) -> Report:
     if first_step:
         path = loop.run.checkpoints / f"{stage.name}-{first_step}"
         load_optimizer(loop.model, optimizer, read_tensors(path))
-    several = loop.accelerator.num_processes > 1
-    # everything is where it belongs; an encoder without weights could not be moved
-    model = loop.accelerator.prepare_model(loop.model, device_placement=False) if several else loop.model
+    model = replicated(loop.accelerator, loop.model)
     sizes = {"parameters": report.parameters, "total": report.total}
     loop.log({"event": "start", "stage": stage.name, "step": first_step, "steps": total, **sizes})
     guard = Guard(loop.model, stage, total)
     flops, peak = count_flops(loop.model, cached=stage.cache_features), peak_of(loop)
     loop.model.train()
     silent = loop.quiet or not loop.accelerator.is_main_process
-    with Bar(stage.name, total, first_step, silent) as bar, ThreadPoolExecutor(1) as pool:
+    on_steps = parse_interval(loop.recipe.save_every)[0] is not None
+    watchdog = Watchdog(loop.recipe.watchdog, stage.name)
+    with Bar(stage.name, total, first_step, silent) as bar, ThreadPoolExecutor(1) as pool, watchdog:
         ahead = pool.submit(batches, first_step) if first_step < total else None
         for step in range(first_step, total):
             assert ahead is not None
             began = time.perf_counter()
             ready, ahead = ahead.result(), pool.submit(batches, step + 1) if step + 1 < total else None
+            ready = level(loop.model, ready, loop.accelerator.device)
             waited = time.perf_counter() - began
             torch.manual_seed(seed_of(batches.seed, step, loop.accelerator.process_index))
-            record = take_step(loop.accelerator, model, optimizer, ready, stage, step, total)
-            add_throughput(record, waited, flops, peak)
-            guard.measure(step + 1, record)
-            loop.log({"stage": stage.name, "step": step + 1, **record}, step=earlier + step + 1)
-            bar.update(step + 1, note_of(record))
-            guard.check(step + 1, record)
+            try:
+                record = guarded_step(loop, model, optimizer, ready, batches, step, total)
+            except Abandoned:
+                keep_safe(loop, optimizer, index, step, total)  # raises Interrupted
+                raise
+            if on_steps:  # a kill repeats `save_every` steps at most: none is logged before its checkpoint is complete
+                loop.saver.settle()
+            if record is not None:
+                add_throughput(record, waited, flops, peak)
+                guard.measure(step + 1, record)
+                loop.log({"stage": stage.name, "step": step + 1, **record}, step=earlier + step + 1)
+                bar.update(step + 1, note_of(record))
+                guard.check(step + 1, record)
             evaluate_if_due(loop, stage, step + 1, total, earlier + step + 1)
+            watchdog.beat(step + 1)
             keep_safe(loop, optimizer, index, step + 1, total)
     if stage.checkpoint_activations:
         checkpoint(loop.model, on=False)
@@ -172,24 +164,49 @@ def peak_of(loop: Loop) -> float | None:
 
 
 def keep_safe(loop: Loop, optimizer: torch.optim.Optimizer, index: int, step: int, total: int) -> None:
-    """Writes a checkpoint when one is due, when the stage ends, and when the run is interrupted."""
+    """Takes a checkpoint when one is due, when the stage ends, and when the run is interrupted.
+
+    Raises:
+        Interrupted: the training was told to stop; the checkpoint is complete.
+        JobError, InputError: the checkpoint before could not be written.
+    """
     steps, seconds = parse_interval(loop.recipe.save_every)
-    main, finished = loop.accelerator.is_main_process, step == total
+    main, told = loop.accelerator.is_main_process, loop.stop.is_set()
     late = main and time.monotonic() - loop.saved > (seconds or math.inf)
+    terminated = told and loop.stop.number == signal.SIGTERM
     # one clock, and one signal for all: a process that goes on alone would wait for the others for ever
-    asked = torch.tensor([late, loop.stop.is_set()], dtype=torch.long, device=loop.accelerator.device)
-    late, stop = (count > 0 for count in loop.accelerator.reduce(asked).tolist())
-    if not (late or finished or stop or (steps and step % steps == 0)):
+    asked = torch.tensor([late, told, terminated, loop.saver.failed], dtype=torch.long, device=loop.accelerator.device)
+    late, told, terminated, failed = (count > 0 for count in loop.accelerator.reduce(asked).tolist())
+    if failed:
+        loop.saver.finish()
+        raise JobError("a checkpoint could not be written; the first process says why")
+    if not (late or told or step == total or (steps and step % steps == 0)):
         return
-    stage = loop.recipe.stages[index]
-    if main:
-        lora = tuning(loop.model).lora
-        position = Position(index, stage.name, step, finished, lora)
-        save_checkpoint(loop.run.checkpoints, loop.model, optimizer, position)
-        prune(loop.run.checkpoints, stage.name, loop.recipe.keep)
+    if main and step:
+        loop.saver.save(copy_tensors(loop.model, optimizer), position_of(loop, index, step))
         loop.saved = time.monotonic()
-    loop.accelerator.wait_for_everyone()
-    if stop:
+    if told:
+        loop.saver.finish()
+        loop.accelerator.wait_for_everyone()
         raise Interrupted(
-            f"stopped after step {step} of {stage.name}, saved in {loop.run.checkpoints}; go on with --resume"
+            f"stopped after step {step} of {loop.recipe.stages[index].name}, saved in {loop.run.checkpoints}; "
+            "go on with --resume",
+            signal.SIGTERM if terminated else signal.SIGINT,
         )
+
+
+def position_of(loop: Loop, index: int, step: int) -> Position:
+    """After `step` steps of stage number `index`."""
+    stage, mixture = loop.recipe.stages[index], loop.mixtures[index]
+    _, total = steps_of(stage, mixture)
+    return Position(
+        stage=index,
+        name=stage.name,
+        step=step,
+        finished=step == total,
+        lora=tuning(loop.model).lora,
+        total=total,
+        samples=len(mixture),
+        processes=loop.accelerator.num_processes,
+        tracker=loop.tracker,
+    )

@@ -1,24 +1,26 @@
-"""How a run begins: everything is checked before anything is written; where an interrupted one goes on."""
+"""How a run begins: everything is checked before anything is written. Not here: where one goes on (resuming.py)."""
 
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from normtune.checkpoint import check_same, finished_first_stage, list_checkpoints, load_parameters, read_tensors
+from normtune.checkpoint import finished_first_stage
 from normtune.data import Mixture
 from normtune.errors import InputError
 from normtune.features import prepare_features
 from normtune.progress import say
-from normtune.recipe import Recipe, recipe_hash, to_yaml
+from normtune.recipe import Recipe, to_yaml
 from normtune.runlog import Run
+from normtune.sharding import shard
 from normtune.step import check_rates
 from normtune.strategy import check
 from normtune.training.batching import choose_packing
-from normtune.training.loop import Loop, apply_stage
+from normtune.training.loop import Loop
 from normtune.tuned import attach_encoder, build, move
 
 
@@ -38,9 +40,7 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     accelerator = make_accelerator(recipe, run)
-    if resume and run.recipe.is_file():
-        check_same(recipe, run)
-    elif not resume:
+    if not resume:
         Run.refuse_existing(run.folder)
     torch.manual_seed(recipe.seed)
     mixtures = [Mixture(stage.data) for stage in recipe.stages]
@@ -48,14 +48,19 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     accelerator.wait_for_everyone()  # all look at what is stored before one of them adds to it
     looks = any(stage.evaluate_every for stage in recipe.stages)  # an evaluation on the way needs the encoder
     model, processor = build(recipe.model, recipe.seed, prepared.known if prepared and not looks else None)
+    trained = []  # in any stage
     for stage in recipe.stages:
         parts = check(model, stage.strategy, stage.lora.targets)
         check_rates(stage, parts)
+        trained += [parameter for part in parts.values() for parameter in part]
         if any(parameter.is_meta for part in parts.values() for parameter in part):
             attach_encoder(model, recipe.model)  # left out since features are stored, but trained in a later stage
     if recipe.start_from is not None:
         finished_first_stage(recipe, Path(recipe.start_from))
-    move(model, accelerator.device)
+    if recipe.model.shard and accelerator.num_processes > 1:
+        shard(model, accelerator.device, trained)
+    else:
+        move(model, accelerator.device)
     for stage in recipe.stages:
         if stage.packing is True:  # to be told now, not after the first stage
             choose_packing(model, stage, accelerator.device)
@@ -68,9 +73,12 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
             say(f"no run to resume in {run.folder}: starting from the beginning")
         Run.create(run.folder, to_yaml(recipe))
     accelerator.wait_for_everyone()
-    if recipe.trackers:
-        accelerator.init_trackers("normtune", {"recipe": recipe.name, "hash": recipe_hash(recipe), "seed": recipe.seed})
     return Loop(recipe, run, accelerator, model, processor, mixtures, quiet, prepared)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again after a failure (`--max-restarts`): it goes on, unasked."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
@@ -89,31 +97,3 @@ def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
     return Accelerator(
         cpu=kind == "cpu", log_with=list(recipe.trackers) or None, project_dir=str(run.folder / "trackers")
     )
-
-
-def recover(loop: Loop, resume: bool) -> tuple[int, int]:
-    """(stage, step) to go on from: a checkpoint of this run, the first stage of `start_from`, or the start."""
-    found = list_checkpoints(loop.run.checkpoints) if resume else []
-    while found:
-        position, path = found.pop()
-        try:
-            tensors = read_tensors(path)
-        except InputError as error:
-            loop.say(str(error))
-            continue
-        stage = loop.recipe.stages[position.stage]
-        if not position.finished or position.lora:
-            apply_stage(loop, stage)
-        load_parameters(loop.model, tensors, path)
-        loop.say(f"resuming after step {position.step} of {position.name}")
-        return (position.stage + 1, 0) if position.finished else (position.stage, position.step)
-    if resume:
-        loop.say("no usable checkpoint: starting from the beginning")
-    if loop.recipe.start_from is None:
-        return 0, 0
-    path = finished_first_stage(loop.recipe, Path(loop.recipe.start_from))
-    if "lora" in loop.recipe.stages[0].strategy:
-        apply_stage(loop, loop.recipe.stages[0])
-    load_parameters(loop.model, read_tensors(path), path)
-    loop.say(f"stage {loop.recipe.stages[0].name} taken from {path}")
-    return 1, 0

@@ -1,0 +1,93 @@
+"""Where an interrupted training goes on, and what it may go on with. Not here: how a run begins (starting.py)."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+from normtune.checkpoint import Position, finished_first_stage, list_checkpoints, load_parameters, read_tensors, tidy
+from normtune.errors import InputError
+from normtune.recipe import recipe_hash, to_yaml
+from normtune.runlog import write_text
+from normtune.training.loop import Loop, apply_stage
+
+
+def recover(loop: Loop, resume: bool, force: bool = False) -> tuple[int, int]:
+    """(stage, step) to go on from: a checkpoint of this run, the first stage of `start_from`, or the start.
+
+    A checkpoint that is not what was written is told of and passed over.
+
+    Raises:
+        InputError: a checkpoint that does not belong to this recipe and data (unless `force`, where it can be used).
+    """
+    if resume and loop.accelerator.is_main_process:
+        tidy(loop.run.folder)
+        tidy(loop.run.checkpoints)
+    loop.accelerator.wait_for_everyone()
+    found = list_checkpoints(loop.run.checkpoints, loop.say) if resume else []
+    while found:
+        position, path = found.pop()
+        try:
+            tensors = read_tensors(path)
+        except InputError as error:
+            loop.say(f"{str(error).splitlines()[0]}; {'going on from the one before' if found else 'it was the last'}")
+            continue
+        check_fits(loop, position, path, force)
+        stage = loop.recipe.stages[position.stage]
+        if not position.finished or position.lora:
+            apply_stage(loop, stage)
+        load_parameters(loop.model, tensors, path)
+        loop.tracker = position.tracker or loop.tracker
+        loop.say(f"resuming after step {position.step} of {position.name}")
+        return (position.stage + 1, 0) if position.finished else (position.stage, position.step)
+    if resume:
+        loop.say("no usable checkpoint: starting from the beginning")
+    if loop.recipe.start_from is None:
+        return 0, 0
+    path = finished_first_stage(loop.recipe, Path(loop.recipe.start_from))
+    if "lora" in loop.recipe.stages[0].strategy:
+        apply_stage(loop, loop.recipe.stages[0])
+    load_parameters(loop.model, read_tensors(path), path)
+    loop.say(f"stage {loop.recipe.stages[0].name} taken from {path}")
+    return 1, 0
+
+
+def check_fits(loop: Loop, position: Position, path: Path, force: bool) -> None:
+    """Refuses a checkpoint of another stage or of other data: the order of samples would not go on."""
+    names = [stage.name for stage in loop.recipe.stages]
+    if position.stage >= len(names) or names[position.stage] != position.name:
+        raise InputError(
+            f"{path} is of stage {position.name}, number {position.stage + 1}; the recipe has {', '.join(names)}\n"
+            "Resume with the stages that the run was started with, or train into another folder (--out)."
+        )
+    now = len(loop.mixtures[position.stage])
+    if not position.finished and position.samples not in (None, now) and not force:
+        raise InputError(
+            f"the data of stage {position.name} has changed since {path}: {position.samples} samples then, {now} now\n"
+            "Put the files back, train into another folder (--out), or go on in another order of samples (--force)."
+        )
+    if position.processes not in (None, loop.accelerator.num_processes):
+        loop.say(
+            f"{position.processes} processes then, {loop.accelerator.num_processes} now: "
+            "results agree up to rounding, not bit for bit"
+        )
+
+
+def accept(loop: Loop, changed: dict[str, Any]) -> None:
+    """From here on the run is one of the changed recipe; the log says what it was before."""
+    if changed and loop.accelerator.is_main_process:
+        loop.log({"event": "recipe", "changed": changed})
+        write_text(loop.run.recipe, to_yaml(loop.recipe))
+        loop.say(f"going on with another recipe: {', '.join(changed)}")
+
+
+def open_trackers(loop: Loop) -> None:
+    """Begins, or goes on with, what the recipe's trackers keep of this run."""
+    recipe = loop.recipe
+    if not recipe.trackers:
+        return
+    loop.tracker = loop.tracker or uuid.uuid4().hex[:12]
+    config = {"recipe": recipe.name, "hash": recipe_hash(recipe), "seed": recipe.seed}
+    options = {"wandb": {"id": loop.tracker, "resume": "allow"}} if "wandb" in recipe.trackers else {}
+    loop.accelerator.init_trackers("normtune", config, init_kwargs=options)
