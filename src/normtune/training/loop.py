@@ -18,6 +18,7 @@ from torch import nn
 
 from normtune.checkpoint import Position, copy_tensors, load_optimizer, read_tensors
 from normtune.data import Collator, Mixture
+from normtune.data.skipping import Skipped
 from normtune.errors import JobError
 from normtune.features import Prepared
 from normtune.flops import count_flops, peak_rate
@@ -47,6 +48,7 @@ class Loop:
     mixtures: list[Mixture]
     quiet: bool
     prepared: Prepared | None = None
+    skipped: Skipped | None = None  # samples that cannot be used, where the recipe says to go on without them
     evaluate: Evaluate | None = None
     stop: Stop = field(default_factory=Stop)
     saver: Saver = field(init=False)
@@ -150,7 +152,7 @@ def prepare_stage(loop: Loop, index: int) -> tuple[Batches, list[str]]:
     pack, why = choose_packing(model, stage, loop.accelerator.device)
     notes += [why or f"packed rows of up to {pack:,} tokens"] if why or pack else []
     store = loop.prepared.store if loop.prepared is not None and stage.cache_features else None
-    collator = Collator(loop.processor, stage.max_length, store)
+    collator = Collator(loop.processor, stage.max_length, store, loop.skipped)
     at, of = loop.accelerator.process_index, loop.accelerator.num_processes
     return Batches(loop.mixtures[index], collator, stage, loop.recipe.seed * 1000 + index, pack, at, of), notes
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from normtune.checkpoint import finished_first_stage
 from normtune.data import Mixture
+from normtune.data.skipping import Skipped
 from normtune.errors import InputError
 from normtune.features import prepare_features
 from normtune.progress import say
@@ -43,7 +44,10 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     if not resume:
         Run.refuse_existing(run.folder)
     torch.manual_seed(recipe.seed)
-    mixtures = [Mixture(stage.data) for stage in recipe.stages]
+    skipped = Skipped(recipe.max_bad) if recipe.bad_samples == "skip" else None
+    mixtures = [Mixture(stage.data, skipped) for stage in recipe.stages]
+    if skipped is not None:
+        skipped.count(sum(map(len, mixtures)))
     prepared = prepare_features(recipe, mixtures, quiet=quiet)
     accelerator.wait_for_everyone()  # all look at what is stored before one of them adds to it
     looks = any(stage.evaluate_every for stage in recipe.stages)  # an evaluation on the way needs the encoder
@@ -73,7 +77,10 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
             say(f"no run to resume in {run.folder}: starting from the beginning")
         Run.create(run.folder, to_yaml(recipe))
     accelerator.wait_for_everyone()
-    return Loop(recipe, run, accelerator, model, processor, mixtures, quiet, prepared)
+    if skipped is not None:  # a file for each process
+        at = accelerator.process_index
+        skipped.keep(run.folder / (f"skipped.{at}.jsonl" if at else "skipped.jsonl"))
+    return Loop(recipe, run, accelerator, model, processor, mixtures, quiet, prepared, skipped)
 
 
 def restarted() -> bool:
