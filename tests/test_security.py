@@ -6,8 +6,13 @@ of memory; a model folder's code runs only where the recipe names the folder; no
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import io
+import json
 import os
+import pickle
+import shutil
 import socket
 import struct
 import subprocess
@@ -21,9 +26,13 @@ import pytest
 from network_guard import REFUSED, is_local
 from PIL import Image
 
-from normtune import images
+import normtune
+from normtune import images, tuned
 from normtune.errors import InputError
 from normtune.images import find_image, open_image
+from normtune.pretrained import trusted
+from normtune.recipe import ModelRecipe, load_recipe
+from normtune.tuned import build
 
 # --- network
 
@@ -225,3 +234,153 @@ def test_strips_give_what_the_whole_gives(tmp_path: Path, mode: str, monkeypatch
     whole = np.asarray(open_image(path, ""))
     monkeypatch.setattr(images, "STRIP", 50)
     assert np.array_equal(np.asarray(open_image(path, "")), whole) and len(np.unique(whole)) > 10
+
+
+# --- code and pickles
+
+CODE = """
+import pathlib
+from transformers import PreTrainedTokenizerFast
+pathlib.Path({marker!r}).write_text("ran")
+class Own(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def own_code(llm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """An LLM whose tokenizer comes with code of its own, and the file that this code writes when it runs."""
+    folder, marker = tmp_path / "llm", tmp_path / "ran"
+    shutil.copytree(llm_folder, folder)
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return folder, marker
+
+
+def recipe_of(llm: Path, vision: Path, *names: Path) -> ModelRecipe:
+    return ModelRecipe(
+        llm=str(llm), vision=str(vision), dtype="float32", trust_remote_code=[str(name) for name in names]
+    )
+
+
+def test_code_of_a_model_runs_only_where_the_recipe_names_it(own_code: tuple[Path, Path], vision_folder: Path) -> None:
+    folder, marker = own_code
+    with contextlib.suppress(InputError):  # some transformers versions fall back to their own tokenizer class
+        build(recipe_of(folder, vision_folder))
+    with contextlib.suppress(InputError):  # another folder's name is no permission
+        build(recipe_of(folder, vision_folder, vision_folder))
+    assert not marker.exists()
+    build(recipe_of(folder, vision_folder, folder))
+    assert marker.read_text() == "ran"
+    marker.unlink()
+    sys.modules.pop(next(name for name in sys.modules if name.startswith("transformers_modules.") and ".own" in name))
+    assert trusted(str(folder)) == {"trust_remote_code": False}  # the permission ended with the build
+
+
+def test_unknown_code_is_refused_in_words(llm_folder: Path, vision_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llm"
+    shutil.copytree(llm_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "never-heard-of", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(InputError, match="comes with code of its own, which is not run") as caught:
+        build(recipe_of(folder, vision_folder))
+    assert f"model.trust_remote_code: [{folder}]" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_an_adapter_grants_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Adapters are passed around: one that says whose code may run is not believed."""
+    asked: list[ModelRecipe] = []
+
+    def stop(recipe: ModelRecipe, seed: int) -> Any:
+        asked.append(recipe)
+        raise InputError("seen enough")
+
+    (tmp_path / "adapter.json").write_text("{}")
+    base = {"model": {"path": "evil/model", "trust_remote_code": ["evil/model"]}}
+    monkeypatch.setattr(tuned, "read_adapter", lambda folder: ({}, {"base": base}))
+    monkeypatch.setattr(tuned, "build", stop)
+    with pytest.raises(InputError, match="seen enough"):
+        tuned.open_tuned(tmp_path)
+    assert asked[0].path == "evil/model" and asked[0].trust_remote_code == []
+
+
+class Evil:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.marker, "ran")
+
+
+def test_pickled_weights_are_refused(llm_folder: Path, vision_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llm"
+    shutil.copytree(llm_folder, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    with pytest.raises(InputError, match=r"weights in pickles \(pytorch_model.bin\), which may run any code"):
+        build(recipe_of(folder, vision_folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_shards_stay_in_their_folder(llm_folder: Path, vision_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llm"
+    shutil.copytree(llm_folder, folder)
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="no table 'weight_map' of file names"):
+        build(recipe_of(folder, vision_folder))
+
+
+YAMLS = ("!!python/object/apply:os.system ['touch {}']", "x: !!python/object/new:os.system ['touch {}']", "&a [*a]")
+
+
+@pytest.mark.parametrize("text", YAMLS)
+def test_yaml_is_data(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text.format(tmp_path / "ran"))
+    with pytest.raises(InputError):
+        load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(InputError):
+        load_recipe(tmp_path / "missing.yaml", ["seed=!!python/object/apply:os.getcwd []"])
+    assert not (tmp_path / "ran").exists()
+
+
+# --- the source itself
+
+SOURCE = Path(normtune.__file__).parent
+FORBIDDEN = {
+    *("pickle.load", "pickle.loads", "marshal.loads", "shelve.open", "joblib.load", "yaml.load", "yaml.unsafe_load"),
+    *("os.system", "os.popen", "subprocess.getoutput", "eval", "exec", "compile", "tarfile.open", "zipfile.ZipFile"),
+    *("urllib.request.urlopen", "requests.get", "requests.post", "socket.socket", "socket.create_connection"),
+}
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_source_opens_nothing_that_could_run(path: Path) -> None:
+    """No pickle, no unsafe YAML, no shell, no archive, no connection; tensors by safetensors, pictures by images.py."""
+    own = path.match("world/*.py") or path.match("cli/demo_runs.py")  # they read what this package itself has made
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        place = f"{path}, line {node.lineno}: {name}"
+        assert name not in FORBIDDEN, place
+        assert given.get("shell", "False") == "False", place
+        if name == "torch.load":
+            assert given.get("weights_only") == "True", place
+        if name.endswith("np.load"):
+            assert given.get("allow_pickle", "False") == "False", place
+        if name == "Image.open" and not own:
+            assert path.name == "images.py", f"{place}: open_image has the limits"
+        if name.endswith("from_pretrained") and not own:
+            assert any("trusted(" in value or "checked(" in value or value == "options" for value in given.values()), (
+                place
+            )

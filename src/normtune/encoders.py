@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToT
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from normtune.errors import InputError
-from normtune.pretrained import CHECKED, TRUSTED, check_complete, locate, read_config, reading
+from normtune.pretrained import check_complete, checked, locate, read_config, reading, trusted
 
 
 def load_encoder(reference: str | os.PathLike[str], dtype: torch.dtype, weights: bool = True) -> tuple[Any, Any]:
@@ -37,12 +37,12 @@ def load_encoder(reference: str | os.PathLike[str], dtype: torch.dtype, weights:
             f"{what} {reference} ({config.model_type}) takes no images.\nGive a CLIP, SigLIP or DINOv2 model."
         )
     with reading(f"image processor of {what}", source):
-        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **TRUSTED)
+        image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **trusted(source))
     with reading(what, source):
         if not weights:
             config.name_or_path = source
             return empty_encoder(config, dtype), image_processor
-        encoder, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, **CHECKED)
+        encoder, info = AutoModel.from_pretrained(source, config=config, dtype=dtype, **checked(source))
     check_complete(info, what, source)
     return encoder.eval(), image_processor
 
@@ -63,7 +63,7 @@ def read_without(source: str, config: Any, part: str, **options: Any) -> tuple[A
     inner.num_hidden_layers = 0
     if getattr(inner, "layer_types", None):
         inner.layer_types = []
-    options |= CHECKED
+    options |= checked(source)
     try:
         return AutoModelForImageTextToText.from_pretrained(source, config=small, **options)  # type: ignore[no-any-return]
     except Exception:  # a class that checks its config, or has another name for its layers

@@ -37,7 +37,7 @@ from normtune import templates
 from normtune.encoders import empty_encoder, load_encoder, put_encoder, read_without
 from normtune.errors import InputError
 from normtune.kernels import keep_differentiable
-from normtune.pretrained import CHECKED, TRUSTED, check_complete, locate, read_config, reading, torch_dtype, weights_in
+from normtune.pretrained import check_complete, checked, locate, read_config, reading, torch_dtype, trusted, weights_in
 from normtune.probes import Features, check_text, probe_encoder, probe_llm
 from normtune.processors import load_processor
 from normtune.runlog import atomic_folder
@@ -113,7 +113,8 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", *, known: Feature
     torch_dtype(dtype)
     source = locate(path, "model")
     config = read_config(source, "model")
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    own = getattr(config, "auto_map", None) or {}  # only read where its code may run
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and "AutoModelForImageTextToText" not in own:
         raise InputError(
             f"model {path} ({config.model_type}) takes no images.\nTo give a text LLM eyes, name it as `llm` and a "
             "vision encoder as `vision`; `path` is for a model that has both."
@@ -126,7 +127,7 @@ def load(path: str | os.PathLike[str], dtype: str = "float32", *, known: Feature
     with reading("model", source):
         options = weights_in(dtype, config, AutoModelForImageTextToText)
         if known is None:
-            model, info = AutoModelForImageTextToText.from_pretrained(source, **options, **CHECKED)
+            model, info = AutoModelForImageTextToText.from_pretrained(source, **options, **checked(source))
         else:
             model, info = read_without(source, config, "vision_config", **options)
             (encoder,) = dissect(model).vision
@@ -172,7 +173,7 @@ def _load_llm(reference: str | os.PathLike[str], dtype: str) -> tuple[Any, Any]:
             "Give a text LLM; a model that takes images already goes under `path` in the recipe."
         )
     with reading("tokenizer of LLM", source):
-        tokenizer = AutoTokenizer.from_pretrained(source, **TRUSTED)
+        tokenizer = AutoTokenizer.from_pretrained(source, **trusted(source))
     # Some tokenizer classes come up empty, without an error, where their files are missing.
     if not tokenizer("Hello, world").input_ids or not tokenizer.is_fast:
         raise InputError(
@@ -180,7 +181,7 @@ def _load_llm(reference: str | os.PathLike[str], dtype: str) -> tuple[Any, Any]:
         )
     with reading("LLM", source):
         options = weights_in(dtype, config, AutoModelForCausalLM)
-        language, info = AutoModelForCausalLM.from_pretrained(source, **options, **CHECKED)
+        language, info = AutoModelForCausalLM.from_pretrained(source, **options, **checked(source))
     check_complete(info, "LLM", source)
     keep_differentiable(language)
     return language.eval(), tokenizer

@@ -1,7 +1,8 @@
 """Reading pretrained folders: where they are, whether they are whole, and one clear error when they are not.
 
 Scope: resolve "path or hub id", check JSON files and weight files of a local folder before transformers reads
-them, translate whatever transformers raises. Non-scope: what is in the models (`model.py`, `encoders.py`).
+them, whose code may run, translate whatever transformers raises. Non-scope: what is in the models (`model.py`,
+`encoders.py`).
 Source: the file layout that `save_pretrained` of transformers writes; the safetensors header format.
 """
 
@@ -13,8 +14,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,7 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 
-TRUSTED: dict[str, Any] = {"trust_remote_code": False}
-"""Options of every `from_pretrained`: code in a model folder is never run, and transformers never asks whether."""
-CHECKED: dict[str, Any] = {**TRUSTED, "output_loading_info": True, "ignore_mismatched_sizes": True}
-"""Options of a model's `from_pretrained`, whose answer `check_complete` reads to name what does not fit."""
+_TRUSTED: ContextVar[frozenset[str]] = ContextVar("trusted", default=frozenset())
 
 _JSON_FILES = (
     "config.json",
@@ -50,8 +49,29 @@ _JSON_FILES = (
     "tokenizer.json",
     "special_tokens_map.json",
 )
-_WHOLE = ("model.safetensors", "pytorch_model.bin")
-_SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WHOLE, _SHARDED = "model.safetensors", "model.safetensors.index.json"
+
+
+@contextmanager
+def trusting(references: Iterable[str]) -> Iterator[None]:
+    """Within, what is loaded from these models (folders or hub ids, as a recipe names them) may run their own code."""
+    before = _TRUSTED.set(frozenset(_source(reference) for reference in references))
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(before)
+
+
+def trusted(source: str) -> dict[str, Any]:
+    """Options of every `from_pretrained`: whether the code at `source` (from `locate`) may run. transformers never asks
+    the person at the terminal; outside of `trusting` nothing runs."""
+    return {"trust_remote_code": source in _TRUSTED.get()}
+
+
+def checked(source: str) -> dict[str, Any]:
+    """Options of a model's `from_pretrained`: no pickle, and an answer from which `check_complete` names what does not
+    fit."""
+    return {**trusted(source), "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -77,7 +97,7 @@ def weights_in(name: str, config: Any, kind: Any) -> dict[str, Any]:
     if name in QUANTIZED:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 warns in every layer of every step
         with torch.device("meta"):
-            empty = kind.from_config(copy.deepcopy(config))
+            empty = kind.from_config(copy.deepcopy(config), **trusted(config.name_or_path))
         inside = set(dissect(empty).linears)
         others = [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and n not in inside]
         skipped = [re.escape(n) for n in others]  # transformers reads them as patterns
@@ -99,7 +119,7 @@ def locate(reference: str | os.PathLike[str], what: str, weights: bool = True) -
     path = Path(text).expanduser()
     if path.is_dir():
         _check_folder(path, what, weights)
-        return str(path)
+        return _source(text)
     if path.exists():
         raise InputError(f"{what} {text} is a file, not a model folder.\nGive the folder that holds config.json.")
     looks_local = text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or text.endswith("/")
@@ -108,10 +128,16 @@ def locate(reference: str | os.PathLike[str], what: str, weights: bool = True) -
     return text
 
 
+def _source(reference: str) -> str:
+    """What stands for a model wherever it is loaded: its folder, or the hub id as it is."""
+    path = Path(reference).expanduser()
+    return str(path) if path.is_dir() else reference
+
+
 def read_config(source: str, what: str) -> Any:
     """The configuration at `source` (from `locate`) as a transformers config object."""
     with reading(what, source):
-        config = AutoConfig.from_pretrained(source, **TRUSTED)
+        config = AutoConfig.from_pretrained(source, **trusted(source))
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{what} {source} is quantized already.\nGive the folder with the unquantized weights.")
     return config
@@ -136,6 +162,11 @@ def reading(what: str, source: str) -> Iterator[None]:
         reason = _first_line(error)
         if "can't allocate memory" in reason or isinstance(error, torch.OutOfMemoryError):
             raise JobError(f"{what} {source}: not enough memory to load it.\n{reason}") from error
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{what} {source} comes with code of its own, which is not run unless the recipe says so by name.\n"
+                f"Read that code; if you trust it, set model.trust_remote_code: [{source}]"
+            ) from error
         if not Path(source).is_dir() and isinstance(error, OSError):
             network = "this machine is offline and it is not in the cache" if hub_constants.HF_HUB_OFFLINE else reason
             raise InputError(
@@ -151,7 +182,7 @@ def reading(what: str, source: str) -> Iterator[None]:
 
 
 def check_complete(info: dict[str, Any], what: str, source: str) -> None:
-    """Raise InputError if `from_pretrained(..., **CHECKED)` had to make up any weight."""
+    """Raise InputError if `from_pretrained(..., **checked(source))` had to make up any weight."""
     mismatched = (key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ()))
     if missing := sorted([*info.get("missing_keys", ()), *mismatched]):
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -173,17 +204,23 @@ def _check_folder(folder: Path, what: str, weights: bool) -> None:
             _read_json(folder / name, what)
     if not weights:
         return
-    for name in _SHARDED:
-        if (folder / name).is_file():
-            shards = _read_json(folder / name, what).get("weight_map")
-            if not isinstance(shards, dict):
-                raise InputError(f"{what}: {folder / name} has no table 'weight_map'.\nCopy or download it again.")
-            for shard in sorted(set(shards.values())):
-                _check_weights(folder / shard, what)
-            return
-    for name in _WHOLE:
-        if (folder / name).is_file():
-            return _check_weights(folder / name, what)
+    if (folder / _SHARDED).is_file():
+        shards = _read_json(folder / _SHARDED, what).get("weight_map")
+        names = list(shards.values()) if isinstance(shards, dict) else []
+        if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
+            raise InputError(
+                f"{what}: {folder / _SHARDED} has no table 'weight_map' of file names.\nCopy or download it again."
+            )
+        for shard in sorted(set(names)):
+            _check_weights(folder / shard, what)
+        return
+    if (folder / _WHOLE).is_file():
+        return _check_weights(folder / _WHOLE, what)
+    if any(folder.glob("pytorch_model*.bin*")):
+        raise InputError(
+            f"{what} folder {folder} has its weights in pickles (pytorch_model.bin), which may run any code.\n"
+            "If you trust them, convert them: load the model with transformers and save_pretrained it to a new folder."
+        )
     raise InputError(
         f"{what} folder {folder} has no weights (model.safetensors or model.safetensors.index.json).\n"
         "Copy or download the weight files as well."
@@ -213,8 +250,6 @@ def _check_weights(path: Path, what: str) -> None:
         start = file.read(32)
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{what}: {path} is a Git LFS pointer, not the weights.\nRun `git lfs pull` there.")
-    if path.suffix != ".safetensors":
-        return
     try:
         with safe_open(path, framework="pt"):
             pass

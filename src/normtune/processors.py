@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from normtune.errors import InputError
-from normtune.pretrained import TRUSTED, reading
+from normtune.pretrained import reading, trusted
 
 VIDEO = "video_processor"
 
@@ -26,7 +26,7 @@ def load_processor(source: str, config: Any) -> Any:
     torchvision. InputError where it cannot be loaded either way."""
     with reading("processor of model", source):
         try:
-            return AutoProcessor.from_pretrained(source, **TRUSTED)
+            return AutoProcessor.from_pretrained(source, **trusted(source))
         except ImportError as error:
             name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
             if "torchvision" not in str(error).lower() or name is None:
@@ -37,7 +37,7 @@ def load_processor(source: str, config: Any) -> Any:
                 f"processor of model {source}: {name} needs torchvision, which normtune does not use.\n"
                 "Choose a model whose images are processed without it."
             )
-        processor = without_video(whole).from_pretrained(source, **TRUSTED)
+        processor = without_video(whole).from_pretrained(source, **trusted(source))
     processor.video_processor = SimpleNamespace(num_frames=None, fps=None)  # a template may ask for its settings
     return processor
 

@@ -15,7 +15,7 @@ from transformers import (
 
 from normtune.errors import InputError
 from normtune.model import CONNECTORS
-from normtune.pretrained import locate, read_config
+from normtune.pretrained import locate, read_config, trusted, trusting
 
 if TYPE_CHECKING:
     from normtune.recipe import ModelRecipe
@@ -34,7 +34,7 @@ def skeleton(reference: str) -> nn.Module:
     if kind is None:
         raise InputError(f"model {reference} ({config.model_type}) is neither a causal LLM nor takes images and text")
     with torch.device("meta"):
-        return kind.from_config(config)  # type: ignore[no-any-return]
+        return kind.from_config(config, **trusted(source))  # type: ignore[no-any-return]
 
 
 def assembled_skeleton(recipe: ModelRecipe) -> nn.Module:
@@ -43,8 +43,11 @@ def assembled_skeleton(recipe: ModelRecipe) -> nn.Module:
     Raises:
         InputError: as `skeleton`; a vision encoder without a vision config.
     """
-    if recipe.path is not None:
-        return skeleton(recipe.path)
+    with trusting(recipe.trust_remote_code):
+        return skeleton(recipe.path) if recipe.path is not None else _joined(recipe)
+
+
+def _joined(recipe: ModelRecipe) -> nn.Module:
     assert recipe.llm is not None and recipe.vision is not None  # the schema sees to it
     text = read_config(locate(recipe.llm, "LLM", weights=False), "LLM")
     vision = read_config(locate(recipe.vision, "vision encoder", weights=False), "vision encoder")

@@ -5,6 +5,7 @@ Scope: opening; which kind of folder it is. Not here: the parts of that (model.p
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from normtune.adapter import load_adapter, read_adapter
 from normtune.encoders import encoder_of, load_encoder, put_encoder
 from normtune.errors import InputError
 from normtune.model import assemble, load
-from normtune.pretrained import torch_dtype
+from normtune.pretrained import torch_dtype, trusting
 from normtune.probes import Features
 from normtune.recipe import ModelRecipe, Recipe, load_recipe
 from normtune.strategy import tuning
@@ -42,11 +43,12 @@ def build(recipe: ModelRecipe, seed: int = 0, known: Features | None = None) -> 
     Raises:
         InputError: a folder that is missing, damaged or of the wrong kind.
     """
-    if recipe.path is not None:
-        return load(recipe.path, dtype=recipe.dtype, known=known)
-    assert recipe.llm is not None and recipe.vision is not None  # the schema sees to it
-    options: dict[str, Any] = {"connector": recipe.connector, "dtype": recipe.dtype, "seed": seed, "known": known}
-    return assemble(recipe.llm, recipe.vision, **options)
+    with trusting(recipe.trust_remote_code):
+        if recipe.path is not None:
+            return load(recipe.path, dtype=recipe.dtype, known=known)
+        assert recipe.llm is not None and recipe.vision is not None  # the schema sees to it
+        options: dict[str, Any] = {"connector": recipe.connector, "dtype": recipe.dtype, "seed": seed, "known": known}
+        return assemble(recipe.llm, recipe.vision, **options)
 
 
 def encoders_without_weights(model: nn.Module) -> dict[str, nn.Module]:
@@ -66,10 +68,11 @@ def attach_encoder(model: nn.Module, recipe: ModelRecipe) -> None:
         return
     (name,) = empty
     dtype = torch_dtype(recipe.dtype)
-    if recipe.path is not None:
-        encoder = encoder_of(recipe.path, name, dtype)
-    else:
-        encoder, _ = load_encoder(recipe.vision or "", dtype)
+    with trusting(recipe.trust_remote_code):
+        if recipe.path is not None:
+            encoder = encoder_of(recipe.path, name, dtype)
+        else:
+            encoder, _ = load_encoder(recipe.vision or "", dtype)
     put_encoder(model, name, encoder.to(next(p.device for p in model.parameters() if not p.is_meta)))
 
 
@@ -88,6 +91,8 @@ def move(model: nn.Module, device: torch.device) -> None:
 def place(model: nn.Module, device: str = "auto") -> torch.device:
     """Moves the model to `auto` (a CUDA device where there is one), `cpu`, `cuda`, `cuda:N` or `mps`, as `move` does.
 
+    Of several processes that torchrun started each takes the CUDA device of its number, unless one is named.
+
     Raises:
         InputError: no such device here.
     """
@@ -97,6 +102,8 @@ def place(model: nn.Module, device: str = "auto") -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(kind, False):
         raise InputError(f"device {device}: {'not found here' if kind in there else 'unknown'}; use auto or cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     move(model, torch.device(device))
     return torch.device(device)
 
@@ -135,7 +142,9 @@ def open_tuned(path: str | Path, *, force: bool = False, unquantized: bool = Fal
             raise InputError(
                 f"{folder}: the adapter does not say which model it belongs to; load it with normtune.load_adapter"
             )
-        base_recipe = ModelRecipe.model_validate(base["model"])
+        base_recipe = ModelRecipe.model_validate(
+            {**base["model"], "trust_remote_code": []}
+        )  # no recipe: grants nothing
         model, processor = build(floating(base_recipe) if unquantized else base_recipe, base.get("seed", 0))
         return Tuned(model, processor, None, load_adapter(model, folder, force=force))
     if folder.is_dir() and not (folder / "config.json").is_file():

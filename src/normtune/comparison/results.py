@@ -11,14 +11,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
 from normtune.comparison.cells import Cell
 from normtune.comparison.running import BEFORE, EXAM, Part, Place
 from normtune.comparison.statistics import band, load_statistics, summarize
 from normtune.comparison.variants import Variant
 from normtune.evaluation.journal import read_answers
 from normtune.evaluation.questions import Asked
+from normtune.images import open_image
 from normtune.runlog import read_json
 from normtune.tasks import Item
 
@@ -164,8 +163,7 @@ def example(asked: Asked, item: Item) -> dict[str, Any]:
 def thumbnail(item: Item) -> str:
     """The image as a data URI: PNG where it is small, else JPEG."""
     assert item.image is not None
-    with Image.open(item.image) as opened:
-        picture = opened.convert("RGB")
+    picture = open_image(item.image, f"item {item.id}")
     kind = "PNG" if max(picture.size) <= 128 else "JPEG"
     picture.thumbnail((PIXELS, PIXELS))
     buffer = io.BytesIO()

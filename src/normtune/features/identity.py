@@ -15,8 +15,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers.utils.hub import cached_file
 
-from normtune.pretrained import TRUSTED, locate, read_config, reading, torch_dtype
-from normtune.runlog import file_hash
+from normtune.pretrained import locate, read_config, reading, torch_dtype, trusted, trusting
 from normtune.skeletons import skeleton
 from normtune.structure import dissect
 
@@ -35,17 +34,18 @@ def identity(recipe: ModelRecipe) -> dict[str, Any]:
     """
     what = "vision encoder" if recipe.path is None else "model"
     source = locate(recipe.path or recipe.vision or "", what)
-    config = read_config(source, what)
-    with reading(f"image processor of {what}", source):
-        if recipe.path is None:
-            processor = AutoImageProcessor.from_pretrained(source, backend="pil", **TRUSTED)
-        else:
-            processor = AutoProcessor.from_pretrained(source, **TRUSTED).image_processor
-    vision = getattr(config, "vision_config", None) or config
-    tower = None
-    if recipe.path is not None:  # its name in the model is a part of its tensors' names in the files
-        found = dissect(skeleton(recipe.path)).vision
-        tower = found[0].rpartition(".")[2] if len(found) == 1 else None
+    with trusting(recipe.trust_remote_code):
+        config = read_config(source, what)
+        with reading(f"image processor of {what}", source):
+            if recipe.path is None:
+                processor = AutoImageProcessor.from_pretrained(source, backend="pil", **trusted(source))
+            else:
+                processor = AutoProcessor.from_pretrained(source, **trusted(source)).image_processor
+        vision = getattr(config, "vision_config", None) or config
+        tower = None
+        if recipe.path is not None:  # its name in the model is a part of its tensors' names in the files
+            found = dissect(skeleton(recipe.path)).vision
+            tower = found[0].rpartition(".")[2] if len(found) == 1 else None
     facts = {
         "format": FORMAT,
         "weights": weights_key(source, what, tower),
@@ -71,11 +71,8 @@ def weights_key(source: str, what: str, tower: str | None) -> str:
         files = weight_files(source)
         chosen: list[tuple[str, Path]] = []
         for path in files:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt") as file:
-                    chosen += [(key, path) for key in file.keys()]  # noqa: SIM118
-            else:
-                digest.update(bytes.fromhex(file_hash(path)))
+            with safe_open(path, framework="pt") as file:
+                chosen += [(key, path) for key in file.keys()]  # noqa: SIM118
         own = [(key, path) for key, path in chosen if tower is not None and tower in key.split(".")]
         for key, path in sorted(own or chosen):
             with safe_open(path, framework="pt") as file:
@@ -94,10 +91,9 @@ def weight_files(source: str) -> list[Path]:
         )
         return None if path is None else Path(path)
 
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        if (index := find(f"{whole}.index.json")) is not None:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            return [path for path in map(find, names) if path is not None]
-        if (path := find(whole)) is not None:
-            return [path]
+    if (index := find("model.safetensors.index.json")) is not None:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [path for path in map(find, names) if path is not None]
+    if (path := find("model.safetensors")) is not None:
+        return [path]
     raise OSError("it has no weight files")
