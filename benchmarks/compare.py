@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.readme import write_table
 
 RESULTS = Path(__file__).parent / "results" / "compare.json"
-COMMAND = ["compare", "recipes/world.yaml", "--strategies", "all", "--seeds", "3"]
+COMMAND = ["compare", "recipes/world.yaml", "--strategies", "all,norms+connector", "--seeds", "3"]
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import gpu, readme, step
+from benchmarks import compare, gpu, readme, step
 
 
 def run(module: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +63,10 @@ def test_a_table_is_put_between_its_marks() -> None:
     assert readme.with_table(f"a\n{begin}\nold\n{end}\nb", "step", "new") == f"a\n{begin}\nnew\n{end}\nb"
     with pytest.raises(SystemExit, match="lacks the marks"):
         readme.with_table("a", "step", "new")
+
+
+def test_the_comparison_in_the_readme_is_the_committed_one() -> None:
+    """The table is what the stored result gives, and the result holds no path of a machine."""
+    text = compare.RESULTS.read_text()
+    assert compare.table_of(json.loads(text)) in readme.README.read_text()
+    assert not any(f'"/{root}/' in text for root in ("tmp", "home", "root", "work", "Users"))
