@@ -4,6 +4,7 @@ from normtune.data.batches import IGNORED, Collator, Features, Row, micro_batche
 from normtune.data.index import read_samples, scan
 from normtune.data.mixture import Mixture
 from normtune.data.samples import Sample, Scanned
+from normtune.data.skipping import Skipped
 from normtune.images import open_image
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Row",
     "Sample",
     "Scanned",
+    "Skipped",
     "micro_batches",
     "open_image",
     "read_samples",

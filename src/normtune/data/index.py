@@ -15,7 +15,7 @@ import json
 import os
 import weakref
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -24,6 +24,7 @@ import numpy as np
 
 from normtune.data.entries import Entry, is_lines, read_entries
 from normtune.data.samples import Form, Sample, Scanned
+from normtune.data.skipping import OnBad
 from normtune.data.tables import convert, is_table
 from normtune.errors import InputError, JobError
 from normtune.progress import Bar, say
@@ -34,8 +35,6 @@ LARGE = 20_000_000  # bytes of a file from which on its samples are not held in 
 FORMAT = 1  # of an index: a new one leaves older ones alone
 _ENDS = 1 << 16  # bytes at the beginning and at the end of a file that tell it from another
 _EVERY = 4096  # samples between two looks at the progress
-
-OnBad = Callable[[str, str], None]
 
 
 def read_samples(source: DataSource, on_bad: OnBad | None = None) -> Sequence[Sample]:
@@ -84,7 +83,7 @@ class Indexed(Sequence[Sample]):
     """The samples of a large file: places [n, 3] int64 (first byte, bytes, number of the entry), parsed when asked for.
 
     Raises:
-        JobError: on access, where the file was changed in place; InputError: where an image has vanished.
+        JobError: on access, where the file was changed in place.
     """
 
     def __init__(self, form: Form, file: Path, places: np.ndarray, has_images: bool) -> None:
@@ -92,6 +91,7 @@ class Indexed(Sequence[Sample]):
         self._places = places
         self._file = os.open(file, os.O_RDONLY)  # stays readable where the file is replaced or removed
         weakref.finalize(self, os.close, self._file)
+        self._version = _version(self._file)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -104,11 +104,10 @@ class Indexed(Sequence[Sample]):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         start, length, number = self._places[index].tolist()
-        try:
-            value = json.loads(os.pread(self._file, length, start).decode())
-        except ValueError as error:
-            raise JobError(f"{self.form.path}: it changed while it was in use; start again") from error
-        return self.form.sample(Entry(value, number, start, length))
+        if _version(self._file) != self._version:
+            raise JobError(f"{self.form.path}: it changed while it was in use; start again")
+        value = json.loads(os.pread(self._file, length, start))
+        return self.form.again(Entry(value, number, start, length))
 
 
 def _form(source: DataSource) -> tuple[Form, Path]:
@@ -173,18 +172,24 @@ def _indexed(form: Form, file: Path, limit: int | None, on_bad: OnBad | None) ->
 def _facts(form: Form, file: Path) -> dict[str, Any]:
     """What an index is of."""
     with file.open("rb") as opened:
-        found = os.fstat(opened.fileno())
+        size, time = _version(opened.fileno())
         ends = hashlib.sha256(opened.read(_ENDS))
-        opened.seek(max(0, found.st_size - _ENDS))
+        opened.seek(max(0, size - _ENDS))
         ends.update(opened.read(_ENDS))
     return {
         "format": FORMAT,
         "file": os.path.abspath(file),
         "images": None if form.folder is None else os.path.abspath(form.folder),
-        "size": found.st_size,
-        "time": found.st_mtime_ns,
+        "size": size,
+        "time": time,
         "ends": ends.hexdigest(),
     }
+
+
+def _version(file: int) -> tuple[int, int]:
+    """Bytes of an open file, and when it was written to last, in nanoseconds."""
+    found = os.fstat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 def _load(target: Path, facts: dict[str, Any], limit: int | None, skips: bool) -> _Index | None:
@@ -198,7 +203,7 @@ def _load(target: Path, facts: dict[str, Any], limit: int | None, skips: bool) -
         enough = header["complete"] or (limit is not None and count >= limit)
         if not (as_before and folders == header["folders"] and enough and (skips or not header["bad"])):
             return None
-        if target.stat().st_size != start + 24 * count or count == 0:
+        if target.stat().st_size != start + 24 * count:
             return None
         places = np.memmap(target, np.int64, "r", start, (count, 3))
         return _Index(
@@ -237,6 +242,8 @@ def _build(
         raise JobError(f"{form.path}: it changed while it was read; start again when it is complete")
     index = _Index(np.frombuffer(places, np.int64).reshape(-1, 3), first_image, bad)
     header = facts | {"count": count, "complete": complete, "folders": folders, "first_image": first_image, "bad": bad}
+    if not count:
+        return index
     try:
         write_bytes(target, json.dumps(header).encode() + b"\n" + index.places.tobytes())
     except JobError as error:  # the work is done: only the next start has to do it again

@@ -12,8 +12,9 @@ from typing import overload
 
 import numpy as np
 
-from normtune.data.index import OnBad, has_images, read_samples
+from normtune.data.index import has_images, read_samples
 from normtune.data.samples import Sample
+from normtune.data.skipping import OnBad
 from normtune.errors import InputError
 from normtune.recipe import DataSource
 

@@ -12,7 +12,8 @@ LLaVA does. Everything that can be checked without decoding an image is checked 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from normtune.errors import InputError
 from normtune.images import find_image, image_names
 
 KNOWN = 1 << 16  # images whose places are remembered: some ten megabytes
+
+Find = Callable[[str, str], Path]  # the file of an image's name, for the sample that is named second
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -69,15 +72,19 @@ class Form:
     folder: Path | None
     kind: str
 
-    def sample(self, entry: Entry, known: dict[str, Path] | None = None) -> Sample:
-        """An entry, checked. `known` are images of which it is known where they are; those of the entry are added.
+    def sample(self, entry: Entry, find: Find) -> Sample:
+        """An entry, checked.
 
         Raises:
-            InputError: naming the entry, for anything that is wrong in it, images that are not there included.
+            InputError: naming the entry, for anything that is wrong in it, and as `find`.
         """
         if entry.problem is not None:
             raise entry.problem
-        return _sample(entry.value, self.where(entry), self.kind, self.folder, {} if known is None else known)
+        return _sample(entry.value, self.where(entry), self.kind, find)
+
+    def again(self, entry: Entry) -> Sample:
+        """The sample of an entry that `scan` has found good; its images are where they were then."""
+        return self.sample(entry, lambda name, _: (self.folder or Path()) / os.path.normpath(name))
 
     def where(self, entry: Entry) -> str:
         """The name of an entry for messages: "file.json, item 17 (id 'x')"."""
@@ -87,18 +94,24 @@ class Form:
     def scan(self, entries: Iterable[Entry]) -> Iterator[Scanned]:
         """Each entry as a sample, or with what is wrong in it."""
         known: dict[str, Path] = {}  # one look at the disk, and one Path, for each image of many samples
+
+        def find(name: str, where: str) -> Path:
+            if name not in known:
+                if len(known) >= KNOWN:
+                    known.clear()
+                known[name] = find_image(self.folder, name, where)
+            return known[name]
+
         for entry in entries:
-            if len(known) > KNOWN:
-                known.clear()
             where = self.where(entry)
             try:
-                scanned = Scanned(where, entry, self.sample(entry, known))
+                scanned = Scanned(where, entry, self.sample(entry, find))
             except InputError as error:
                 scanned = Scanned(where, entry, None, error)
             yield scanned
 
 
-def _sample(item: Any, where: str, kind: str, folder: Path | None, known: dict[str, Path]) -> Sample:
+def _sample(item: Any, where: str, kind: str, find: Find) -> Sample:
     """One entry, checked."""
     if not isinstance(item, dict):
         raise InputError(f"{where}: expected an object, found {kind_of(item)}")
@@ -116,10 +129,7 @@ def _sample(item: Any, where: str, kind: str, folder: Path | None, known: dict[s
     names = names or inline
     turns = _with_images(turns, len(names), where)
     _check_order(turns, f"{where}, `{field}`")
-    for name in names:
-        if name not in known:
-            known[name] = find_image(folder, name, where)
-    return Sample(str(item.get("id", where)), tuple(turns), tuple(known[name] for name in names), kind, where)
+    return Sample(str(item.get("id", where)), tuple(turns), tuple(find(name, where) for name in names), kind, where)
 
 
 def _turn(entry: Any, where: str, images: list[str]) -> Turn:
