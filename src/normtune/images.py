@@ -8,9 +8,12 @@ Source: Pillow's modes and EXIF rules.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import threading
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -25,6 +28,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 2**26  # 8192 x 8192: every camera's usual picture, decoded in less than 600 MB
 MAX_RATIO = 200  # of the sides: scaled to a side of 336, as processors do before they crop, 67,200 x 336 pixels
 MAX_BYTES = 2**29
+_FILTERS = threading.Lock()  # those of warnings are the whole process's
 STRIP = 2**20  # pixels that are computed on at a time where a copy of all of them would be large
 
 
@@ -91,6 +95,23 @@ def open_image(source: ImageSource, where: str) -> Image.Image:
     than MAX_BYTES, longer than MAX_RATIO times its width (or wider), or of more than MAX_PIXELS or twice Pillow's
     `MAX_IMAGE_PIXELS` pixels; sizes are told from its header, before memory is taken for them.
     """
+    with _opened(source, where) as file:
+        return to_rgb(_upright(file))
+
+
+def look_at(source: ImageSource, where: str) -> tuple[tuple[int, int], int]:
+    """(width, height) as `open_image` gives it, and the number of frames; decodes the first. Raises as `open_image`."""
+    with _opened(source, where) as file:
+        size, frames = _upright(file).size, 1
+        if file.format != "MPO":  # the other pictures in a phone's JPEG are previews and maps
+            with contextlib.suppress(Exception):  # broken further on, which takes nothing from the first
+                frames = getattr(file, "n_frames", 1)
+        return size, frames
+
+
+@contextlib.contextmanager
+def _opened(source: ImageSource, where: str) -> Iterator[Any]:
+    """The file as Pillow opens it; InputError for what is wrong with it, and for whatever decoding it raises within."""
     limit = min(MAX_PIXELS, 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS))
     too_large = InputError(f"{where}: image {source} has more than {limit:,} pixels; scale it down")
     try:
@@ -99,7 +120,7 @@ def open_image(source: ImageSource, where: str) -> Image.Image:
                 raise too_large
             if max(file.size) > MAX_RATIO * min(file.size):
                 raise ValueError(f"{file.width:,} x {file.height:,} pixels are a line, not a picture")
-            return to_rgb(_upright(file))
+            yield file
     except InputError:
         raise
     except FileNotFoundError as error:
@@ -118,7 +139,7 @@ def _header(stream: BinaryIO) -> Any:
     stream.seek(0)
     if size > MAX_BYTES:
         raise ValueError(f"its file is larger than {MAX_BYTES:,} bytes")
-    with warnings.catch_warnings():  # of what is large: our own limit refuses it; of what no decoder takes: we say so
+    with _FILTERS, warnings.catch_warnings():  # what is large our own limit refuses
         warnings.simplefilter("ignore")
         return Image.open(stream, formats=FORMATS)
 

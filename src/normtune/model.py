@@ -77,9 +77,6 @@ def assemble(
         language, tokenizer = _load_llm(llm, dtype)
         encoder, image_processor = load_encoder(vision, precision, weights=known is None)
         features = known or probe_encoder(encoder, image_processor, os.fspath(vision))
-        if getattr(image_processor, "crop_size", None) is None:
-            # LlavaProcessor reads the image size from here when it is asked for token counts; SigLIP's has none.
-            image_processor.crop_size = {"height": features.height, "width": features.width}
         expected = probe_llm(language, features.length, os.fspath(llm))
         image_id = _prepare_tokenizer(tokenizer, os.fspath(llm), notes)
         _grow(language, max(tokenizer.get_vocab().values()) + 1, notes)
@@ -90,7 +87,24 @@ def assemble(
     model.notes = tuple(notes)
     for note in notes:
         log.warning(note)
-    processor = LlavaProcessor(
+    return model.eval(), _processor(tokenizer, image_processor, features)
+
+
+def assembled_processor(llm: str | os.PathLike[str], vision: str | os.PathLike[str]) -> LlavaProcessor:
+    """The processor that `assemble` gives, without reading the LLM's weights. Raises InputError as it does."""
+    tokenizer = _load_tokenizer(locate(llm, "LLM", weights=False), os.fspath(llm))
+    encoder, image_processor = load_encoder(vision, torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        features = probe_encoder(encoder, image_processor, os.fspath(vision))
+    _prepare_tokenizer(tokenizer, os.fspath(llm), [])
+    return _processor(tokenizer, image_processor, features)
+
+
+def _processor(tokenizer: Any, image_processor: Any, features: Features) -> LlavaProcessor:
+    if getattr(image_processor, "crop_size", None) is None:
+        # LlavaProcessor reads the image size from here when it is asked for token counts; SigLIP's has none.
+        image_processor.crop_size = {"height": features.height, "width": features.width}
+    return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=features.patch_size,
@@ -99,7 +113,6 @@ def assemble(
         chat_template=tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
     )
-    return model.eval(), processor
 
 
 def load(path: str | os.PathLike[str], dtype: str = "float32", *, known: Features | None = None) -> tuple[Any, Any]:
@@ -172,6 +185,16 @@ def _load_llm(reference: str | os.PathLike[str], dtype: str) -> tuple[Any, Any]:
             f"LLM {reference} ({config.model_type}) is no causal language model for text alone.\n"
             "Give a text LLM; a model that takes images already goes under `path` in the recipe."
         )
+    tokenizer = _load_tokenizer(source, os.fspath(reference))
+    with reading("LLM", source):
+        options = weights_in(dtype, config, AutoModelForCausalLM)
+        language, info = AutoModelForCausalLM.from_pretrained(source, **options, **checked(source))
+    check_complete(info, "LLM", source)
+    keep_differentiable(language)
+    return language.eval(), tokenizer
+
+
+def _load_tokenizer(source: str, reference: str) -> Any:
     with reading("tokenizer of LLM", source):
         tokenizer = AutoTokenizer.from_pretrained(source, **trusted(source))
     # Some tokenizer classes come up empty, without an error, where their files are missing.
@@ -179,12 +202,7 @@ def _load_llm(reference: str | os.PathLike[str], dtype: str) -> tuple[Any, Any]:
         raise InputError(
             f"LLM {reference} has no usable tokenizer (tokenizer.json).\nCopy or download its tokenizer files as well."
         )
-    with reading("LLM", source):
-        options = weights_in(dtype, config, AutoModelForCausalLM)
-        language, info = AutoModelForCausalLM.from_pretrained(source, **options, **checked(source))
-    check_complete(info, "LLM", source)
-    keep_differentiable(language)
-    return language.eval(), tokenizer
+    return tokenizer
 
 
 def _prepare_tokenizer(tokenizer: Any, name: str, notes: list[str]) -> int:

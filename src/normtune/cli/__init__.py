@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import normtune
-from normtune.cli import analyze, chat, compare, demo, evaluate, export, init, norms, plan, score, train
+from normtune.cli import analyze, chat, compare, data, demo, evaluate, export, init, norms, plan, score, train
 from normtune.errors import NormtuneError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("compare")(compare.compare)
 app.command("analyze")(analyze.analyze)
 app.command("norms")(norms.norms)
 app.command("plan")(plan.plan)
+app.add_typer(data.commands, name="data")
 app.command("chat")(chat.chat)
 app.command("merge")(export.merge)
 app.command("export")(export.export)

@@ -181,6 +181,10 @@ class Collator:
             **self._images(rows),
         }
 
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """How many tokens of the prompt stand for an image of (width, height) pixels."""
+        return self._process([Image.new("RGB", size)])[1][0]
+
     def _images(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         places: dict[Path, int] = {}
         index = [places.setdefault(path, len(places)) for row in rows for path in row.images]

@@ -21,6 +21,7 @@ from normtune.reporting.blocks import (
     Note,
     Table,
     Text,
+    Tokens,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "Note",
     "Table",
     "Text",
+    "Tokens",
 ]

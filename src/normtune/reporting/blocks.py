@@ -100,6 +100,13 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Text in pieces, each of them marked or not: marked ones are coloured and underlined."""
+
+    pieces: Sequence[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
 class Details:
     """Blocks that are folded until asked for."""
 
@@ -107,7 +114,7 @@ class Details:
     blocks: Sequence[Block]
 
 
-Block = Heading | Text | Note | Bullets | Table | Figure | Card | Code | Details
+Block = Heading | Text | Note | Bullets | Table | Figure | Card | Code | Tokens | Details
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from normtune.reporting.blocks import (
     Note,
     Table,
     Text,
+    Tokens,
 )
 from normtune.reporting.page import SIGNS, numeric_columns
 
@@ -46,6 +47,8 @@ def render_block(block: Block) -> str:
             return "\n".join(f"- {escape(item)}" for item in items)
         case Code(text):
             return fenced(text)
+        case Tokens(pieces):
+            return fenced("".join(f"[{text}]" if marked else text for text, marked in pieces))
         case Details(summary, blocks):
             head = f"<details><summary>{html.escape(summary)}</summary>"
             return "\n\n".join([head, *map(render_block, blocks), "</details>"])

@@ -24,6 +24,7 @@ from normtune.reporting.blocks import (
     Note,
     Table,
     Text,
+    Tokens,
 )
 from normtune.reporting.numbers import is_number
 from normtune.reporting.palette import MARKERS
@@ -53,6 +54,9 @@ class Page:
                 return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
             case Code(text):
                 return f"<pre>{escape(text)}</pre>"
+            case Tokens(pieces):
+                tags = (("b" if marked else "span", text) for text, marked in pieces)
+                return f"<p class='tokens'>{''.join(f'<{tag}>{escape(text)}</{tag}>' for tag, text in tags)}</p>"
             case Details(summary, blocks):
                 return f"<details><summary>{escape(summary)}</summary>{self.blocks(blocks)}</details>"
             case Card():
