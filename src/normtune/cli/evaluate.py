@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,10 +44,12 @@ def evaluate(
     from normtune.errors import InputError
 
     quiet_libraries()
-    from normtune.evaluation import Settings, evaluate_into, splits_of
+    from normtune.evaluation import Settings, evaluate_into, join, splits_of
     from normtune.tuned import open_tuned, place
     from normtune.world import resolve_path
 
+    first = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun): it writes and speaks
+    join()
     tuned = open_tuned(model, dtype=dtype)
     asked = tuned.recipe.evaluate if tuned.recipe else None
     names = [name.strip() for name in benchmarks.split(",")] if benchmarks else (asked.benchmarks if asked else [])
@@ -55,7 +58,8 @@ def evaluate(
         raise InputError(f"{model} has no `evaluate` section in a recipe: give --benchmarks and --data")
     if limit is None and asked and asked.limit and not benchmarks and not data:
         limit = asked.limit
-        print(f"limit {limit} (the recipe's); --limit 0 asks everything", file=sys.stderr)
+        if first:
+            print(f"limit {limit} (the recipe's); --limit 0 asks everything", file=sys.stderr)
     unique = tuple(dict.fromkeys(names))
     settings = Settings(unique, limit or None, splits_of(split, unique), baseline, rules, mode, seed)  # type: ignore[arg-type]
     place(tuned.model, device)
@@ -70,8 +74,11 @@ def evaluate(
             about=about(model, tuned),
             batch_size=batch_size,
             against=against,
-            progress=bars.update,
+            progress=bars.update if first else None,
+            together=True,
         )
+    if not first:
+        return
     if json:
         print_json({"result": str(target), **document})
     else:

@@ -3,13 +3,14 @@
 Scope: benchmarks whole or in part (`limit`), with the image, without it (`blind`) or with another item's
 (`shuffled`). The way of a question: `selection` and `questions` (what is asked and shown), `engines` (inputs in
 batches), `answering` (the model), `journal` and `formats` (disk), `results` (scores with all that they depend on).
-`during` evaluates while a model trains. Not here: scoring rules (`tasks`), tables of results.
+`during` evaluates while a model trains, `spreading` shares the questions among processes. Not here: scoring rules
+(`tasks`), tables of results.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from normtune.errors import InputError
 from normtune.evaluation.answering import MODES, Mode, answer, generate, likelihoods
-from normtune.evaluation.engines import takes_features
+from normtune.evaluation.engines import Request, takes_features
 from normtune.evaluation.formats import Predictions
 from normtune.evaluation.journal import NAME as JOURNAL
 from normtune.evaluation.journal import Given, Journal, wrong_place
 from normtune.evaluation.questions import Asked, Settings, ask, splits_of
 from normtune.evaluation.results import FORMAT, conditions, describe, identity, read_measured, scores_of
 from normtune.evaluation.selection import BASELINES, Baseline, select, shuffled_images
+from normtune.evaluation.spreading import Answers, from_first, join, processes, spread
 from normtune.features import Store, fill_store
 from normtune.recipe import ModelRecipe
 from normtune.runlog import write_json
@@ -42,6 +44,7 @@ __all__ = [
     "evaluate_into",
     "evaluate_model",
     "identity",
+    "join",
     "read_measured",
     "select",
     "shuffled_images",
@@ -115,6 +118,7 @@ def evaluate_into(
     against: Path | None = None,
     progress: Progress | None = None,
     store: Store | None = None,
+    together: bool = False,
 ) -> dict[str, Any]:
     """Writes the result to the file `target` and the answers, as they come, to the folder of that name without .json;
     returns the result. Called again after an interruption it goes on after the last batch that was answered.
@@ -124,6 +128,7 @@ def evaluate_into(
         against: another result's file: paired differences of all figures (this - other), its answers read by this
             one's rules.
         store: as in `evaluate_model`; an evaluation that was interrupted may go on with one or without.
+        together: every process of torch.distributed calls this; each asks its share, the first one writes.
 
     Raises:
         InputError: as `evaluate_model`; answers in that folder under other settings; `against` about other questions.
@@ -143,12 +148,17 @@ def evaluate_into(
     document["model"] = {**(about or {}), **facts["model"]}
     document["generation"]["batch_size"] = batch_size
     document["against"] = {"path": str(against), "differences": {}} if others else None
-    with Journal.open(folder, conditions(model, processor, settings, asked), asked) as journal:
+    rank, ranks = processes(model) if together else (0, 1)
+    held = Journal.open(folder, conditions(model, processor, settings, asked), asked) if rank == 0 else nullcontext()
+    with held as journal:
+        known = journal.given if journal is not None else {}
+        known = from_first(known) if ranks > 1 else known
         for one in asked:
-            given = journal.given[one.name]
-            files = Predictions(folder / one.name, one, given)
-            collect(model, processor, settings, one, given, batch_size, journal, files, progress, store)
-            files.finish()
+            given = journal.given[one.name] if journal is not None else known[one.name]
+            files = Predictions(folder / one.name, one, given) if rank == 0 else None
+            collect(model, processor, settings, one, given, batch_size, journal, files, progress, store, together)
+            if files is not None:
+                files.finish()
             measured = one.task.measure(one.items, given.complete(), settings.rules)
             document["scores"][one.name] = scores_of(one, given, measured, settings)
             if others:  # None for a benchmark that the other result lacks
@@ -156,7 +166,8 @@ def evaluate_into(
                 found = difference(measured.statistics, other.statistics) if other else None
                 document["against"]["differences"][one.name] = found
         document["time"] = {"started": started, "seconds": round(time.monotonic() - began, 2)}
-        write_json(target, document)
+        if rank == 0:
+            write_json(target, document)
     return document
 
 
@@ -171,12 +182,22 @@ def collect(
     files: Predictions | None = None,
     progress: Progress | None = None,
     store: Store | None = None,
+    together: bool = False,
 ) -> None:
-    """Asks what is not in `given` yet and puts it there, into the journal and into the files of predictions."""
-    if settings.mode == "likelihood":
-        stream = likelihoods(model, processor, asked, batch_size, given, store)
-    else:
-        stream = generate(model, processor, asked, asked.task.max_new_tokens, batch_size, given, store)
+    """Asks what is not in `given` yet and puts it there, into the journal and into the files of predictions.
+
+    Args:
+        together: every process calls this, with the same in `given`; each asks its share and gets all answers.
+    """
+
+    def answers(requests: Sequence[Request], known: Given | tuple[()] = ()) -> Generator[Answers]:
+        if settings.mode == "likelihood":
+            return likelihoods(model, processor, requests, batch_size, known, store)
+        return generate(model, processor, requests, asked.task.max_new_tokens, batch_size, known, store)
+
+    rank, ranks = processes(model) if together else (0, 1)
+    left = [place for place in range(len(asked)) if place not in given] if ranks > 1 else []
+    stream = spread(asked, left, batch_size, rank, ranks, answers) if ranks > 1 else answers(asked, given)
     done = len(given)
     with closing(stream) if done < len(asked) else nullcontext(()) as batches:
         for batch in batches:

@@ -18,7 +18,7 @@ from normtune.recipe import Recipe
 
 def during_training(recipe: Recipe) -> Callable[[Any, Any], dict[str, float]] | None:
     """`evaluate(model, processor)` -> {"pope": headline, "pope.mean_f1": figure, ...}; None where no stage of the
-    recipe has `evaluate_every`.
+    recipe has `evaluate_every`. Where several processes train, all of them call it and get the scores.
 
     InputError, before anything is trained, for wrong files and a `keep_best` that is no figure."""
     section = recipe.evaluate
@@ -39,7 +39,7 @@ def during_training(recipe: Recipe) -> Callable[[Any, Any], dict[str, float]] | 
         found: dict[str, float] = {}
         for one in asked:
             given = Given(len(one))
-            collect(model, processor, settings, one, given, BATCH)
+            collect(model, processor, settings, one, given, BATCH, together=True)
             found |= figures(one, given.complete())
         return found
 
