@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,7 +47,8 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
         Run.refuse_existing(run.folder)
     torch.manual_seed(recipe.seed)
     skipped = Skipped(recipe.max_bad) if recipe.bad_samples == "skip" else None
-    mixtures = [Mixture(stage.data, skipped) for stage in recipe.stages]
+    with first_of_node(accelerator):  # an index that is not there yet is written once
+        mixtures = [Mixture(stage.data, skipped) for stage in recipe.stages]
     if skipped is not None:
         skipped.count(sum(map(len, mixtures)))
     prepared = prepare_features(recipe, mixtures, quiet=quiet)
@@ -81,6 +84,18 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
         at = accelerator.process_index
         skipped.keep(run.folder / (f"skipped.{at}.jsonl" if at else "skipped.jsonl"))
     return Loop(recipe, run, accelerator, model, processor, mixtures, quiet, prepared, skipped)
+
+
+@contextmanager
+def first_of_node(accelerator: Accelerator) -> Iterator[None]:
+    """The first process of each machine goes first; the others follow even where it fails, with their own error."""
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_local_main_process:
+            accelerator.wait_for_everyone()
 
 
 def restarted() -> bool:
