@@ -35,7 +35,7 @@ def conversations(number: int, seed: int = 0) -> Iterator[dict[str, Any]]:
         for turn in range(draw.choice((1, 2, 4, 5))):
             question = " ".join(draw.choices(words, k=12)) + "?"
             turns.append({"from": "human", "value": f"<image>\n{question}" if turn == 0 and n % 17 else question})
-            turns.append({"from": "gpt", "value": " ".join(draw.choices(words, k=draw.randrange(10, 100))) + "."})
+            turns.append({"from": "gpt", "value": " ".join(draw.choices(words, k=draw.randrange(10, 125))) + "."})
         image = n * 7919 % IMAGES
         shown = {"image": name_of(image)} if n % 17 else {}
         yield {"id": f"{n:012d}", **shown, "conversations": turns}

@@ -187,6 +187,12 @@ def test_an_index_changes_no_message(folder: Path, indexed: None, name: str) -> 
     assert not list(folder.rglob("*.idx"))
 
 
+def test_a_large_file_that_cannot_be_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "_size", lambda file: index.LARGE)
+    with pytest.raises(InputError, match=r"data file .*x\.json .*cannot be read: No such file"):
+        read_samples(DataSource(path=str(folder / "x.json")))
+
+
 # --- the second start
 
 
@@ -211,6 +217,19 @@ def test_second_start_reads_nothing(two: DataSource, indexed: None, monkeypatch:
     assert built(monkeypatch, two.model_copy(update={"images": str(Path(two.images or "") / ".")})) is False
     elsewhere = two.model_copy(update={"kind": "other"})
     assert not built(monkeypatch, elsewhere) and {s.kind for s in read_samples(elsewhere)} == {"other"}
+
+
+def test_an_index_serves_from_any_folder(
+    folder: Path, two: DataSource, indexed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    assert built(monkeypatch, DataSource(path="x.json", images="images"))
+    monkeypatch.chdir(folder / "images")
+    here = DataSource(path="../x.json", images=".")
+    assert not built(monkeypatch, here)
+    assert (
+        read_samples(here)[0].images == (Path("a.png"),) and read_samples(here)[0].where == "../x.json, item 1 (id 1)"
+    )
 
 
 def test_an_index_of_some_serves_no_more(two: DataSource, indexed: None, monkeypatch: pytest.MonkeyPatch) -> None:

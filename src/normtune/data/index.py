@@ -127,15 +127,19 @@ def _good(scanned: Iterator[Scanned], on_bad: OnBad | None) -> Iterator[Sample]:
     for one in scanned:
         if one.sample is not None:
             yield one.sample
-        elif on_bad is not None:
-            on_bad(one.where, one.reason)
         else:
-            assert one.problem is not None
-            raise one.problem
+            _leave_out(one, on_bad)
+
+
+def _leave_out(one: Scanned, on_bad: OnBad | None) -> None:
+    if on_bad is None:
+        assert one.problem is not None
+        raise one.problem
+    on_bad(one.where, one.reason)
 
 
 def _size(file: Path) -> int:
-    """0 where it cannot be read, which reading it says better."""
+    """0 where there is none, which reading it says better."""
     try:
         return file.stat().st_size
     except OSError:
@@ -154,17 +158,20 @@ class _Index:
     bad: list[tuple[int, str, str]] = field(default_factory=list)
 
 
-def _indexed(form: Form, file: Path, limit: int | None, on_bad: OnBad | None) -> Indexed:
-    facts = _facts(form, file)
+def _indexed(form: Form, file: Path, limit: int | None, on_bad: OnBad | None) -> Indexed | None:
+    """The samples of a file by its index, which is made where there is none. None where the file cannot be opened."""
+    try:
+        facts = _facts(form, file)
+    except OSError:
+        return None
     names = "\0".join(str(facts[key]) for key in ("file", "images"))
     target = cache_folder() / "index" / f"{hashlib.sha256(names.encode()).hexdigest()[:32]}.idx"
     index = _load(target, facts, limit, skips=on_bad is not None)
     if index is None:
         index = _build(form, file, limit, on_bad, facts, target)
     elif on_bad is not None:
-        for before, where, why in index.bad:
-            if limit is None or before < limit:
-                on_bad(f"{form.path}{where}", why)
+        for _, where, why in index.bad:
+            on_bad(f"{form.path}{where}", why)
     places = index.places[:limit]
     return Indexed(form, file, places, index.first_image is not None and index.first_image < len(places))
 
@@ -201,14 +208,13 @@ def _load(target: Path, facts: dict[str, Any], limit: int | None, skips: bool) -
         as_before = {key: header[key] for key in facts} == facts
         folders = {name: os.stat(name).st_mtime_ns for name in header["folders"]}
         enough = header["complete"] or (limit is not None and count >= limit)
-        if not (as_before and folders == header["folders"] and enough and (skips or not header["bad"])):
+        bad = [(n, str(where), str(why)) for n, where, why in header["bad"] if limit is None or n < limit]
+        if not (as_before and folders == header["folders"] and enough and (skips or not bad)):
             return None
         if target.stat().st_size != start + 24 * count:
             return None
         places = np.memmap(target, np.int64, "r", start, (count, 3))
-        return _Index(
-            places, header["first_image"], [(int(n), str(where), str(why)) for n, where, why in header["bad"]]
-        )
+        return _Index(places, header["first_image"], bad)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -222,7 +228,7 @@ def _build(
     with Bar(f"indexing {form.path.name}, MB", facts["size"] >> 20) as bar:
         for one in form.scan(read_entries(file)):
             if one.sample is None:
-                next(_good(iter([one]), on_bad), None)
+                _leave_out(one, on_bad)
                 bad.append((count, one.where.removeprefix(str(form.path)), one.reason))
                 continue
             places.extend((one.entry.start, one.entry.length, one.entry.number))
@@ -241,7 +247,8 @@ def _build(
     if _facts(form, file) != facts:
         raise JobError(f"{form.path}: it changed while it was read; start again when it is complete")
     index = _Index(np.frombuffer(places, np.int64).reshape(-1, 3), first_image, bad)
-    header = facts | {"count": count, "complete": complete, "folders": folders, "first_image": first_image, "bad": bad}
+    times = {os.path.abspath(name): time for name, time in folders.items()}
+    header = facts | {"count": count, "complete": complete, "folders": times, "first_image": first_image, "bad": bad}
     if not count:
         return index
     try:
