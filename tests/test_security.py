@@ -287,7 +287,7 @@ def test_unknown_code_is_refused_in_words(llm_folder: Path, vision_folder: Path,
     config |= {"model_type": "never-heard-of", "auto_map": {"AutoConfig": "own.Own"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(InputError, match="comes with code of its own, which is not run") as caught:
+    with pytest.raises(InputError, match="comes with custom code, which is not run") as caught:
         build(recipe_of(folder, vision_folder))
     assert f"model.trust_remote_code: [{folder}]" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 3

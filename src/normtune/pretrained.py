@@ -164,7 +164,7 @@ def reading(what: str, source: str) -> Iterator[None]:
             raise JobError(f"{what} {source}: not enough memory to load it.\n{reason}") from error
         if "trust_remote_code" in str(error):
             raise InputError(
-                f"{what} {source} comes with code of its own, which is not run unless the recipe says so by name.\n"
+                f"{what} {source} comes with custom code, which is not run unless the recipe says so by name.\n"
                 f"Read that code; if you trust it, set model.trust_remote_code: [{source}]"
             ) from error
         if not Path(source).is_dir() and isinstance(error, OSError):
