@@ -1,9 +1,9 @@
 """Several processes train one model: with copies of the frozen base, or with the LLM's blocks sharded over them.
 
-Scope: `shard` (torch's FSDP2, `fully_shard`, over the frozen matrices of the blocks), and what a step then needs:
-gradients of the trainable tensors summed, and as many micro-batches everywhere. A sharded block is gathered before its
-forward and again before its backward, and dropped after each; what trains is whole on every process, so that nothing
-is reduced but its gradients, and optimizer, checkpoints and adapters are those of one process.
+Scope: `join`, their process group; `shard` (torch's FSDP2, `fully_shard`, over the frozen matrices of the blocks), and
+what a step then needs: gradients of the trainable tensors summed, and as many micro-batches everywhere. A sharded block
+is gathered before its forward and again before its backward, and dropped after each; what trains is whole on every
+process, so that nothing is reduced but its gradients, and optimizer, checkpoints and adapters are those of one process.
 Not here: which samples a process sees (training/batching.py), bytes on the wire (memory/traffic.py).
 
 Every process must go through the blocks equally often, forward and backward, whatever its samples are: else one waits
@@ -15,6 +15,7 @@ Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,27 @@ if TYPE_CHECKING:
 
 BUCKET = 25_000_000
 """Bytes of gradients that are summed in one exchange; a tensor that is larger goes alone, without a copy."""
+
+
+def join(cpu: bool = False) -> None:
+    """Makes the process group of the processes that torchrun has started; none where there is one already, or another
+    launcher.
+
+    torchrun's agent keeps its store over restarts (torch 2.13), and in it gloo would find the addresses of processes
+    that are gone; so each start has names of its own. Not over several machines: they may count starts differently.
+    """
+    around = {key: os.environ.get(key, "") for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")}
+    processes, here, start = around.values()
+    if dist.is_initialized() or not start or processes == "1":
+        return
+    if not cpu and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if not cpu and torch.cuda.is_available() else "gloo"
+    if processes != here:
+        dist.init_process_group(backend)
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore(f"start-{start}", store), rank=rank, world_size=size)
 
 
 def is_sharded(model: nn.Module) -> bool:

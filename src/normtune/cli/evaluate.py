@@ -44,12 +44,13 @@ def evaluate(
     from normtune.errors import InputError
 
     quiet_libraries()
-    from normtune.evaluation import Settings, evaluate_into, join, splits_of
+    from normtune.evaluation import Settings, evaluate_into, splits_of
+    from normtune.sharding import join
     from normtune.tuned import open_tuned, place
     from normtune.world import resolve_path
 
     first = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun): it writes and speaks
-    join()
+    join(cpu=device == "cpu")
     tuned = open_tuned(model, dtype=dtype)
     asked = tuned.recipe.evaluate if tuned.recipe else None
     names = [name.strip() for name in benchmarks.split(",")] if benchmarks else (asked.benchmarks if asked else [])

@@ -26,7 +26,7 @@ from normtune.evaluation.journal import Given, Journal, wrong_place
 from normtune.evaluation.questions import Asked, Settings, ask, splits_of
 from normtune.evaluation.results import FORMAT, conditions, describe, identity, read_measured, scores_of
 from normtune.evaluation.selection import BASELINES, Baseline, select, shuffled_images
-from normtune.evaluation.spreading import Answers, from_first, join, processes, spread
+from normtune.evaluation.spreading import Answers, from_first, processes, spread
 from normtune.features import Store, fill_store
 from normtune.recipe import ModelRecipe
 from normtune.runlog import write_json
@@ -44,7 +44,6 @@ __all__ = [
     "evaluate_into",
     "evaluate_model",
     "identity",
-    "join",
     "read_measured",
     "select",
     "shuffled_images",

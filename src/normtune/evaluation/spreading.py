@@ -7,11 +7,9 @@ everything by every process: none of them can run it alone. Not here: how a ques
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -21,14 +19,6 @@ from normtune.sharding import is_sharded
 
 Answers = list[tuple[int, Answer]]
 """Places of requests, and what was said."""
-
-
-def join() -> None:
-    """Joins the processes that torchrun has started, if it has started several; a second time does nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def processes(model: nn.Module) -> tuple[int, int]:

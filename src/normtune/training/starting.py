@@ -19,7 +19,7 @@ from normtune.features import prepare_features
 from normtune.progress import say
 from normtune.recipe import Recipe, to_yaml
 from normtune.runlog import Run
-from normtune.sharding import shard
+from normtune.sharding import join, shard
 from normtune.step import check_rates
 from normtune.strategy import check
 from normtune.training.batching import choose_packing
@@ -116,6 +116,7 @@ def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
             __import__(tracker)
         except ImportError:
             raise InputError(f"trackers: {tracker} is not installed; pip install {tracker}") from None
+    join(cpu=kind == "cpu")
     return Accelerator(
         cpu=kind == "cpu", log_with=list(recipe.trackers) or None, project_dir=str(run.folder / "trackers")
     )
