@@ -32,6 +32,8 @@ from normtune.errors import InputError
 from normtune.images import find_image, open_image
 from normtune.pretrained import trusted
 from normtune.recipe import ModelRecipe, load_recipe
+from normtune.tasks import pope
+from normtune.tasks.files import stored_image
 from normtune.tuned import build
 
 # --- network
@@ -126,6 +128,21 @@ def test_what_is_no_file_is_missing(folder: Path, name: str) -> None:
     (folder / "gone").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"item 1: there is no image"):
         find_image(folder, name, "item 1")
+
+
+NAMES = ("../evil.jpg", "/tmp/evil.jpg", "a/../../evil.jpg", "..", "a\0.jpg")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_of_benchmarks_stay_in_their_folder(tmp_path: Path, name: str) -> None:
+    """Rows that hold their image have it written to a file of the name that they give."""
+    folder = tmp_path / "images"
+    with pytest.raises(InputError, match=r"x\.parquet, row 3: image .* leads out of"):
+        stored_image({"image": {"bytes": b"evil"}}, name, (tmp_path / "val2014", folder), "x.parquet, row 3")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    (tmp_path / "labels.json").write_text(json.dumps({"question_id": 1, "image": name, "text": "Q", "label": "yes"}))
+    with pytest.raises(InputError, match="leads out of"):
+        pope.read_labels(tmp_path / "labels.json", "random", folder)
 
 
 # --- pixels

@@ -28,6 +28,7 @@ from normtune.tasks.files import (
     row_files,
     stored_image,
     unique,
+    within,
 )
 from normtune.tasks.items import Item, Joined, Measured, Rules, check_rules, joined, no_split, paired
 
@@ -51,9 +52,11 @@ def load_coco(data: Path, split: str | None = None) -> list[Item]:
         split = next(iter([*official, *(["test"] if karpathy.exists() else []), *rows]), COCO_SPLITS[0])
     if split in COCO_SPLITS and (split in official or not (karpathy.exists() or rows or official)):
         folder = first_existing(data / split, root / split)
-        return unique([Item(str(k), folder / name, PROMPT, r) for k, name, r in read_coco(files[split])], files[split])
+        path = files[split]
+        return unique([Item(str(k), within(folder, n, str(path)), PROMPT, r) for k, n, r in read_coco(path)], path)
     if split in KARPATHY_SPLITS and karpathy.exists():
-        return [Item(str(k), data / place, PROMPT, r) for k, place, r in read_karpathy(karpathy, split)]
+        found = read_karpathy(karpathy, split)
+        return [Item(str(k), within(data, place, str(karpathy)), PROMPT, r) for k, place, r in found]
     if split in rows:
         return unique([i for f in rows[split] for i in _rows(f, (data / "val2014", root / "images"), _coco_id)], root)
     raise no_split(split, [*official, *(KARPATHY_SPLITS if karpathy.exists() else ()), *rows] or COCO_SPLITS, root)
@@ -69,13 +72,13 @@ def load_flickr30k(data: Path, split: str | None = None) -> list[Item]:
     rows = row_files(root, ("test",))
     if karpathy.exists() or not (tokens.exists() or rows):
         found = read_karpathy(karpathy, split or "test")
-        return unique([Item(name, images / name, PROMPT, r) for _, name, r in found], karpathy)
+        return unique([Item(n, within(images, n, str(karpathy)), PROMPT, r) for _, n, r in found], karpathy)
     if tokens.exists():
         ids = root / f"{split or 'test'}.txt"
         if split is not None and not ids.exists():
             raise no_split(split, [path.stem for path in sorted(root.glob("*.txt"))] or ["none"], root)
         found = read_tokens(tokens, ids if ids.exists() else None)
-        return unique([Item(name, images / name, PROMPT, r) for _, name, r in found], tokens)
+        return unique([Item(n, within(images, n, str(tokens)), PROMPT, r) for _, n, r in found], tokens)
     if split not in (None, *rows):
         raise no_split(str(split), list(rows), root)
     return unique([i for f in rows["test"] for i in _rows(f, (images,), _flickr_id)], root)

@@ -81,15 +81,24 @@ def first_existing(*candidates: Path) -> Path:
     return next((path for path in candidates if path.exists()), candidates[0])
 
 
+def within(folder: Path, name: str, where: str) -> Path:
+    """The file that `name` means below `folder`, or where it would be. InputError for a name that leads out of it."""
+    first = os.path.normpath(name).split(os.sep)[0]
+    if os.path.isabs(name) or "\0" in name or first == os.pardir:
+        raise InputError(f"{where}: image {name!r:.80} leads out of {folder}.\nUse the official file, unchanged.")
+    return folder / name
+
+
 def stored_image(record: dict[str, Any], name: str, folders: Sequence[Path], where: str) -> Path:
     """Where the image `name` of a row lies: in one of `folders`, or embedded in the row; then it is written into the
-    last of them, once. InputError when that is not possible."""
-    found = next((folder / name for folder in folders if (folder / name).exists()), None)
+    last of them, once. InputError when that is not possible, and for a name that leads out of them."""
+    places = [within(folder, name, where) for folder in folders]
+    found = next((place for place in places if place.exists()), None)
     image = record.get("image")
     content = image.get("bytes") if isinstance(image, dict) else None
     if found is not None or not isinstance(content, bytes):
-        return found or folders[0] / name
-    target = folders[-1] / name
+        return found or places[0]
+    target = places[-1]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".{target.name}.{os.getpid()}")

@@ -17,7 +17,16 @@ import numpy as np
 
 from normtune.errors import InputError
 from normtune.tasks.bootstrap import Statistics, share
-from normtune.tasks.files import field, first_existing, read_json_lines, read_rows, row_files, stored_image, unique
+from normtune.tasks.files import (
+    field,
+    first_existing,
+    read_json_lines,
+    read_rows,
+    row_files,
+    stored_image,
+    unique,
+    within,
+)
 from normtune.tasks.items import Item, Measured, Rules, check_rules, chosen, paired
 
 SPLITS = ("random", "popular", "adversarial")
@@ -55,7 +64,7 @@ def read_labels(path: Path, split: str, images: Path = Path()) -> list[Item]:
     items = [
         Item(
             id=f"{split}/{field(record, 'question_id', (int, str), where)}",
-            image=images / field(record, "image", str, where),
+            image=within(images, field(record, "image", str, where), where),
             question=field(record, "text", str, where),
             answer=_label(field(record, "label", str, where), where),
             group=split,
