@@ -76,7 +76,7 @@ def start(path: Path) -> dict[str, Any]:
     read = time.monotonic()
     return {
         "samples": len(mixture),
-        "seconds": round(ready - began, 2),
+        "seconds": round(ready - began, 3),
         "order_seconds": round(ordered - ready, 2),
         "microseconds_per_sample": round((read - ordered) / min(READ, len(order)) * 1e6),
         "megabytes": round((resident("VmHWM") - before) / 1e6),

@@ -159,24 +159,23 @@ BAD = [item for item, _ in BAD_ITEMS.values()]
 @given(
     items=st.lists(st.sampled_from(ITEMS) | st.sampled_from(ITEMS) | st.sampled_from(BAD), max_size=8),
     suffix=st.sampled_from(["json", "jsonl"]),
-    limit=st.none() | st.integers(1, 6),
-    before=st.none() | st.integers(1, 6),
-    skips=st.booleans(),
+    limits=st.tuples(*[st.none() | st.integers(1, 6)] * 2),
+    skips=st.tuples(st.booleans(), st.booleans()),
     tail=st.sampled_from(["", "", "{", "\n3"]),
 )
 def test_an_index_changes_nothing(
-    folder: Path, items: list[Any], suffix: str, limit: int | None, before: int | None, skips: bool, tail: str
+    folder: Path, items: list[Any], suffix: str, limits: tuple[int | None, ...], skips: tuple[bool, ...], tail: str
 ) -> None:
-    given = source(folder, items, f"x.{suffix}", limit=limit)
+    before, given = (source(folder, items, f"x.{suffix}", limit=limit) for limit in limits)
     with open(given.path, "a") as file:
         file.write(tail)
-    wanted = outcome(given, skips)
+    wanted = outcome(given, skips[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "LARGE", 0)
-        outcome(given.model_copy(update={"limit": before}), not skips)  # which may leave an index of other samples
-        first = outcome(given, skips)
+        outcome(before, skips[0])  # which may leave an index of other samples
+        first = outcome(given, skips[1])
         assert first == wanted
-        assert outcome(given, skips) == wanted  # from the cache
+        assert outcome(given, skips[1]) == wanted  # from the cache
 
 
 @pytest.mark.parametrize("name", BAD_FILES)

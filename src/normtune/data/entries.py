@@ -19,9 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 from normtune.errors import InputError
 
 CHUNK = 1 << 22  # bytes read at a time
-_MARGIN = (
-    16  # characters that a token may need to be told from the beginning of another one ("-Infinity", "\ud83d\ude00")
-)
+_MARGIN = 16  # characters, more than what tells a token from the beginning of another, such as "-Infinity"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 _BOM = codecs.BOM_UTF8
