@@ -54,7 +54,9 @@ class ModelRecipe(Node):
 class DataSource(Node):
     """One data file of a stage."""
 
-    path: str = Field(description="LLaVA JSON or JSONL file, relative to the current directory")
+    path: str = Field(
+        description="LLaVA JSON or JSONL, parquet, or a folder that `datasets` saved; relative to the current directory"
+    )
     images: str | None = Field(None, description="folder that the file's image names are relative to")
     kind: str | None = Field(None, description="label such as conversation, detail, reasoning")
     limit: PositiveInt | None = Field(None, description="use the first N samples")

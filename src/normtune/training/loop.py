@@ -174,7 +174,7 @@ def keep_safe(loop: Loop, optimizer: torch.optim.Optimizer, index: int, step: in
     """
     steps, seconds = parse_interval(loop.recipe.save_every)
     main, told = loop.accelerator.is_main_process, loop.stop.is_set()
-    late = main and time.monotonic() - loop.saved > (seconds or math.inf)
+    late = main and time.monotonic() - loop.saved > (seconds or math.inf) and not loop.saver.busy
     terminated = told and loop.stop.number == signal.SIGTERM
     # one clock, and one signal for all: a process that goes on alone would wait for the others for ever
     asked = torch.tensor([late, told, terminated, loop.saver.failed], dtype=torch.long, device=loop.accelerator.device)

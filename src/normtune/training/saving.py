@@ -39,6 +39,10 @@ class Saver:
         return self.failed
 
     @property
+    def busy(self) -> bool:
+        return self.running is not None and not self.running.done()
+
+    @property
     def failed(self) -> bool:
         return self.running is not None and self.running.done() and self.running.exception() is not None
 

@@ -116,7 +116,7 @@ def make_accelerator(recipe: Recipe, run: Run) -> Accelerator:
             __import__(tracker)
         except ImportError:
             raise InputError(f"trackers: {tracker} is not installed; pip install {tracker}") from None
-    join(cpu=kind == "cpu")
-    return Accelerator(
-        cpu=kind == "cpu", log_with=list(recipe.trackers) or None, project_dir=str(run.folder / "trackers")
-    )
+    # said, since accelerate takes several processes without a device for strangers to one another
+    cpu = kind == "cpu" or not torch.accelerator.is_available()
+    join(cpu)
+    return Accelerator(cpu=cpu, log_with=list(recipe.trackers) or None, project_dir=str(run.folder / "trackers"))
