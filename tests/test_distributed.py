@@ -54,7 +54,8 @@ def assert_close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], lim
 
 @pytest.fixture
 def recipe(llm_folder: Path, vision_folder: Path, tmp_path: Path) -> dict[str, Any]:
-    return toy_recipe(llm_folder, vision_folder, toy_data(tmp_path / "data"), device="cpu")
+    device = "cpu" if torch.cuda.is_available() else "auto"
+    return toy_recipe(llm_folder, vision_folder, toy_data(tmp_path / "data"), device=device)
 
 
 def train_two(recipe: dict[str, Any], folder: Path, name: str, *more: str) -> None:
