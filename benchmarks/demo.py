@@ -40,11 +40,14 @@ def measure() -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The scores as Markdown, with the hardware named."""
-    from normtune.cli.demo_report import machine, table_rows, verdict
+    from normtune.cli.demo_report import table_rows, verdict
+    from normtune.reporting.numbers import human_bytes, machine
 
     header, rows = table_rows(result)
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    return "\n".join([*lines, "", verdict({**result, "quick": False}), f"Measured in {machine(result)}"])
+    took = f"{result['seconds']:.0f} s, peak memory {human_bytes(result['peak_rss_bytes'])}"
+    where = machine(result["provenance"])
+    return "\n".join([*lines, "", verdict({**result, "quick": False}), f"Measured in {took}, on {where}."])
 
 
 if __name__ == "__main__":
