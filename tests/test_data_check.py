@@ -18,8 +18,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from browser import SCHEMES, WIDTHS, chromium, opened
 from command import run
 from normtune.cli.data import processor_of
+from normtune.cli.data_report import page
 from normtune.data import Collator, Mixture
 from normtune.data.checking import Checker, Exam
 from normtune.data.findings import FIRST, KINDS, Findings, kind_of
@@ -211,13 +213,13 @@ def test_command(
     planted: Path, llm_folder: Path, vision_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     recipe = write_recipe(planted, llm_folder, vision_folder)
-    page = tmp_path / "check.html"
-    assert run("data", "check", str(recipe), "--html", str(page)) == 1
+    shown = tmp_path / "check.html"
+    assert run("data", "check", str(recipe), "--html", str(shown)) == 1
     out = capsys.readouterr().out
     for kind in (*FAULTS, *NOTES):
         assert kind in out or kind == "image of the evaluation"  # the recipe names none
     assert "a training would stop" in out and "item 5" in out
-    html = page.read_text()
+    html = shown.read_text()
     cards = html.split("<p class='tokens'>")[1:]
     assert unescape("".join(re.findall("<b>(.*?)</b>", cards[0]))) == "It is 0.<|im_end|>"
     assert "<span>&lt;image&gt; x 16 </span>" in cards[0] and len(cards) == 12
@@ -231,6 +233,20 @@ def test_command(
     capsys.readouterr()
     assert run("data", "check", str(recipe), "stages.0.data.0.path=nowhere.json") == 1
     assert "UNREADABLE" in capsys.readouterr().out
+
+
+@pytest.mark.heavy
+def test_the_page_reads_well(planted: Path, processor: Any) -> None:
+    """In Chromium, on a phone and on a desktop, light and dark: nothing too wide, nothing pale, nothing asked for."""
+    checker = Checker(processor, shown=8)
+    found = [checker.check(stage(planted))]
+    path = planted / "check.html"
+    path.write_text(page("toy", found, checker, 0).to_html())
+    with chromium() as browser:
+        for width in WIDTHS:
+            for scheme in SCHEMES:
+                with opened(browser, path, width, scheme) as seen:
+                    assert seen.problems() == []
 
 
 def test_command_on_good_data(

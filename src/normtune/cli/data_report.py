@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from normtune.cli.output import print_table
+from normtune.cli.output import cell, print_table
 from normtune.data.checking import Checker, Shown
 from normtune.data.findings import Findings
 from normtune.reporting import Block, Bullets, Card, Document, Heading, Note, Table, Text, Tokens
@@ -72,15 +72,15 @@ def allowed(most: int | float) -> str:
 
 def page(name: str, found: Sequence[Findings], checker: Checker, most: int | float) -> Document:
     """The same as a page, with samples as the loss sees them."""
-    blocks: list[Block] = [Table(HEADER, [[f"{v:,}" if isinstance(v, int) else v for v in totals(f)] for f in found])]
+    blocks: list[Block] = [Table(HEADER, [texts(totals(one)) for one in found])]
     for one in found:
         blocks.append(Heading(one.stage))
         text = verdict(one, most)
         blocks.append(Note(text) if one.too_many(most) else Text(text))
-        rows = [[str(cell) for cell in row] for row in kinds(one)]
+        rows = [texts(row) for row in kinds(one)]
         if rows:
             blocks.append(Table(["found", "samples", "the first of them"], rows, stacked=True))
-        lengths = [[str(cell) for cell in row] for row in histogram(one)]
+        lengths = [texts(row) for row in histogram(one)]
         blocks.append(Table(["tokens", "samples", ""], lengths, "Tokens of a sample before anything is cut."))
         if checker.examples[one.stage]:
             blocks.append(Heading(f"{one.stage}, token by token"))
@@ -88,6 +88,10 @@ def page(name: str, found: Sequence[Findings], checker: Checker, most: int | flo
         for shown in checker.examples[one.stage]:
             blocks.append(Card("", shown.sample.where, [about(shown), Tokens(list(pieces(checker, shown)))]))
     return Document(f"Data of {name}", blocks, "Every sample and every image that the recipe's stages name.")
+
+
+def texts(row: Sequence[Any]) -> list[str]:
+    return [cell(value) for value in row]
 
 
 def about(shown: Shown) -> Bullets:

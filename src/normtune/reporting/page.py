@@ -56,7 +56,7 @@ class Page:
                 return f"<pre>{escape(text)}</pre>"
             case Tokens(pieces):
                 tags = (("b" if marked else "span", text) for text, marked in pieces)
-                return f"<p class='tokens'>{''.join(f'<{tag}>{escape(text)}</{tag}>' for tag, text in tags)}</p>"
+                return f"<p class='tokens'>{'<wbr>'.join(f'<{tag}>{escape(text)}</{tag}>' for tag, text in tags)}</p>"
             case Details(summary, blocks):
                 return f"<details><summary>{escape(summary)}</summary>{self.blocks(blocks)}</details>"
             case Card():

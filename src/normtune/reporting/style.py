@@ -75,7 +75,7 @@ h2 + .card { border-top: 0; padding-top: .4rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--raised); border-radius: 4px;
   padding: .7rem .9rem; font-size: .86rem; line-height: 1.45; }
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9rem; line-height: 1.9; max-width: none; }
-.tokens span, .tokens b { border-left: 1px solid var(--line); padding: .1rem 0; font-weight: 400; }
+.tokens span, .tokens b { border-left: 1px solid var(--line); padding: .1rem .22em; font-weight: 400; }
 .tokens b { color: var(--good); text-decoration: underline; background: var(--raised); }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); font-size: .92rem; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
