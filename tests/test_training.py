@@ -1,8 +1,7 @@
-"""The loop: losses, accumulation, resume, stages, guards. Tiny models, fp32, one thread: results are exact."""
+"""The loop: losses, accumulation, stages, gains that stay. Tiny models, fp32, one thread. Resume: test_resume.py."""
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import math
@@ -14,22 +13,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from normtune import checkpoint, runlog
+from normtune import runlog
 from normtune.errors import InputError, JobError
 from normtune.flops import Flops
 from normtune.kernels import HeadLoss
 from normtune.recipe import Stage
 from normtune.step import add_throughput, batch_digest, check_rates, make_optimizer, schedule, supervised_loss
 from normtune.strategy import apply, tuning
-from normtune.training import Interrupted, train
-from normtune.training import loop as stage_loop
+from normtune.training import train
 from normtune.tuned import open_tuned
+from runs import adapter, assert_same, lines
 from stubs import inputs, llava
 from toys import toy_data, toy_recipe
-
-Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +36,6 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(llm_folder: Path, vision_folder: Path, toys: Path) -> dict[str, Any]:
     return toy_recipe(llm_folder, vision_folder, toys)
-
-
-def adapter(folder: Path) -> Tensors:
-    return load_file(folder / "adapter" / "adapter.safetensors")
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def assert_same(a: Tensors, b: Tensors) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def test_loss_is_the_sum_over_supervised_tokens() -> None:
@@ -219,57 +201,6 @@ def test_run_and_adapter_folder_open_to_the_trained_model(recipe: dict[str, Any]
             assert torch.equal(parameter, trained[name]), name
 
 
-@pytest.mark.parametrize("strategy", ["layernorm", "lora"])
-@pytest.mark.parametrize("stop_at", [("align", 2), ("align", 6), ("instruct", 4)], ids=str)
-def test_resumed_run_is_bit_identical(
-    recipe: dict[str, Any], strategy: str, stop_at: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe["stages"][1].update(strategy=strategy, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
-    train(recipe, out=tmp_path / "whole", quiet=True)
-    whole = stage_loop.keep_safe
-
-    def interrupting(loop: Any, optimizer: Any, index: int, step: int, total: int) -> None:
-        if (loop.recipe.stages[index].name, step) == stop_at:
-            loop.stop.set()
-        whole(loop, optimizer, index, step, total)
-
-    monkeypatch.setattr(stage_loop, "keep_safe", interrupting)
-    with pytest.raises(Interrupted, match="--resume") as error:
-        train(recipe, out=tmp_path / "cut", quiet=True)
-    assert error.value.exit_code == 130
-    assert not (tmp_path / "cut" / "adapter").exists()
-    monkeypatch.setattr(stage_loop, "keep_safe", whole)
-    train(recipe, out=tmp_path / "cut", resume=True, quiet=True)
-    assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / "cut"))
-    if strategy == "lora":
-        files = [load_file(tmp_path / run / "adapter/lora/adapter_model.safetensors") for run in ("whole", "cut")]
-        assert_same(*files)
-    steps = [(line["stage"], line["step"]) for line in lines(tmp_path / "cut") if "loss" in line]
-    assert steps == [(line["stage"], line["step"]) for line in lines(tmp_path / "whole") if "loss" in line]
-
-
-def test_damaged_checkpoint_falls_back_to_the_one_before(
-    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe["save_every"] = 2
-    train(recipe, out=tmp_path / "run", quiet=True)
-    wanted = adapter(tmp_path / "run")
-    torn = tmp_path / "run" / "checkpoints" / "instruct-6" / "tensors.safetensors"
-    torn.write_bytes(torn.read_bytes()[:100])
-    for path in (tmp_path / "run" / "adapter").iterdir():
-        path.unlink()
-    (tmp_path / "run" / "adapter").rmdir()
-    train(recipe, out=tmp_path / "run", resume=True)
-    assert "damaged" in capsys.readouterr().err
-    assert_same(wanted, adapter(tmp_path / "run"))
-
-
-def test_only_the_last_checkpoints_are_kept(recipe: dict[str, Any], tmp_path: Path) -> None:
-    train({**recipe, "save_every": 1, "keep": 2}, out=tmp_path / "run", quiet=True)
-    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == ["align-5", "align-6", "instruct-5", "instruct-6"]
-
-
 def test_start_from_reuses_stage_one(recipe: dict[str, Any], tmp_path: Path) -> None:
     train(recipe, out=tmp_path / "first", quiet=True)
     second = train({**recipe, "start_from": str(tmp_path / "first")}, out=tmp_path / "second", quiet=True)
@@ -282,30 +213,6 @@ def test_start_from_reuses_stage_one(recipe: dict[str, Any], tmp_path: Path) -> 
     ]:
         with pytest.raises(InputError, match=words):
             train({**recipe, "start_from": str(tmp_path / "first"), **changes}, out=tmp_path / "third", quiet=True)
-
-
-def test_existing_run_changed_recipe_finished_run(
-    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(recipe, out=tmp_path / "run", quiet=True)
-    with pytest.raises(InputError, match=r"exists already.*--resume"):
-        train(recipe, out=tmp_path / "run", quiet=True)
-    with pytest.raises(InputError, match=r"stages\.1\.learning_rate"):
-        train(recipe, out=tmp_path / "run", resume=True, **{"stages.1.learning_rate": 1e-3})
-    before = (tmp_path / "run" / "log.jsonl").read_text()
-    again = train(recipe, out=tmp_path / "run", resume=True)
-    assert "finished already" in capsys.readouterr().err
-    name = "model.language_model.layers.0.input_layernorm.weight"
-    assert torch.equal(again.model.get_parameter(name), adapter(tmp_path / "run")[name])
-    assert (tmp_path / "run" / "log.jsonl").read_text() == before
-
-
-def test_resume_without_a_run_starts_over_and_says_so(
-    recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train(recipe, out=tmp_path / "run", resume=True)
-    assert "starting from the beginning" in capsys.readouterr().err
-    assert (tmp_path / "run" / "adapter" / "adapter.json").is_file()
 
 
 def test_gains_that_cannot_move_stop_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -333,24 +240,6 @@ def test_loss_that_is_not_finite_stops_before_the_update(recipe: dict[str, Any],
         with pytest.raises(JobError, match=r"align, step 1: loss nan.*lower learning_rate"):
             train(recipe, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_full_disk_keeps_the_checkpoint_before(
-    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saves = []
-
-    def save_file(tensors: Any, path: Path, *rest: Any) -> None:
-        saves.append(path)
-        if len(saves) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path, *rest)
-
-    real = checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
-    with pytest.raises(JobError, match="No space left"):
-        train({**recipe, "save_every": 2}, out=tmp_path / "run", quiet=True)
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["align-2", "align-4"]
 
 
 @pytest.mark.parametrize(
@@ -467,17 +356,6 @@ def test_opened_lora_model_answers_without_dropout(recipe: dict[str, Any], tmp_p
     recipe["stages"][1].update(strategy="lora", lora={"rank": 4, "dropout": 0.5})
     train(recipe, out=tmp_path / "run", quiet=True)
     assert not any(module.training for module in open_tuned(tmp_path / "run").model.modules())
-
-
-def test_a_folder_that_was_there_before_is_never_removed(recipe: dict[str, Any], toys: Path, tmp_path: Path) -> None:
-    train(recipe, out=tmp_path / "run", quiet=True)
-    for path in (*(tmp_path / "run").glob("checkpoints/*/state.json"), tmp_path / "run" / "adapter" / "adapter.json"):
-        path.unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage_loop, "take_step", raise_input_error)
-        with pytest.raises(InputError, match="a broken image"):
-            train(recipe, out=tmp_path / "run", resume=True, quiet=True)
-    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
 
 
 def raise_input_error(*arguments: Any) -> None:
