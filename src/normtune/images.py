@@ -25,7 +25,7 @@ from normtune.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """What is opened, by content and not by suffix: each further decoder of Pillow is one more that a file can attack."""
-MAX_PIXELS = 2**26  # 8192 x 8192: every camera's usual picture, decoded in less than 600 MB
+MAX_PIXELS = 2**26  # 8192 x 8192: every camera's usual picture; in any mode less than 800 MB while it is decoded
 MAX_RATIO = 200  # of the sides: scaled to a side of 336, as processors do before they crop, 67,200 x 336 pixels
 MAX_BYTES = 2**29
 _FILTERS = threading.Lock()  # those of warnings are the whole process's
