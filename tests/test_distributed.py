@@ -20,6 +20,7 @@ import ranks
 from asked import write_benchmarks
 from command import run
 from normtune.errors import InputError
+from normtune.evaluation.journal import read_answers
 from normtune.memory import Traffic, plan_traffic
 from normtune.sharding import buckets, level, shard, sum_gradients
 from runs import adapter, assert_same, lines, steps
@@ -103,6 +104,12 @@ def test_two_processes_compute_what_one_does_and_send_what_trains(name: str, of_
     assert (cut > 0) == sharded
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["norms", "attn-qv"])
+def test_sharding_changes_no_bit(name: str, of_two: Path) -> None:
+    assert_same(load_file(of_two / f"{name}.safetensors"), load_file(of_two / f"{name}, sharded.safetensors"))
+
+
 def test_bytes_of_a_ring() -> None:
     assert Traffic(1000).sent(1) == 0 and Traffic(1000).sent(2) == 1000 and Traffic(1000).sent(8) == 1750
     assert Traffic(1000, gathered=500, micro_batches=3).sent(2) == 1000 + 2 * 3 * 500 / 2
@@ -131,27 +138,51 @@ def test_a_quantized_base_is_not_cut() -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
-def test_a_recipe_under_torchrun(sharded: bool, recipe: dict[str, Any], tmp_path: Path) -> None:
-    """Two stages, 24 samples in batches of 23 (in every second step a process is idle), evaluations on the way."""
-    recipe["evaluate"] = {
-        "benchmarks": ["pope", "mme"],
-        "data": "none",
-        "dev": str(write_benchmarks(tmp_path / "asked")),
-    }
+def test_a_recipe_under_torchrun(
+    sharded: bool, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stages, 24 samples in batches of 23 (in every second step a process is idle), images and questions shared."""
+    asked = write_benchmarks(tmp_path / "asked")
+    recipe["evaluate"] = {"benchmarks": ["pope", "mme"], "data": str(asked)}
     recipe["save_every"] = "0.0001m"  # late at every step, by a clock that all go by
     for stage in recipe["stages"]:
         stage.update(batch_size=23, micro_batch_size=8)
+    recipe["stages"][0].update(cache_features=True)
     recipe["stages"][1].update(strategy="layernorm-simple", evaluate_every=6)
     recipe["model"]["shard"] = sharded
-    (tmp_path / "one.yaml").write_text(yaml.safe_dump(recipe))
-    assert run("train", str(tmp_path / "one.yaml"), "--out", str(tmp_path / "one")) == 0
-    train_two(recipe, tmp_path, "two")
+    for name in ("one", "two"):
+        monkeypatch.setenv("NORMTUNE_CACHE", str(tmp_path / f"cache of {name}"))
+        if name == "two":
+            train_two(recipe, tmp_path, name)
+        else:
+            (tmp_path / "one.yaml").write_text(yaml.safe_dump(recipe))
+            assert run("train", str(tmp_path / "one.yaml"), "--out", str(tmp_path / name)) == 0
+        stored = list((tmp_path / f"cache of {name}").rglob("*.safetensors"))
+        assert len(stored) == (2 if name == "two" else 1)  # each process wrote its share
     one, two = ([line for line in lines(tmp_path / name) if "loss" in line] for name in ("one", "two"))
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
     assert_close(adapter(tmp_path / "one"), adapter(tmp_path / "two"), 1e-5)
     scores = [[line for line in lines(tmp_path / name) if line.get("event") == "evaluation"] for name in ("one", "two")]
+    assert len(scores[0]) == 1
     for first, second in zip(*scores, strict=True):
-        assert {k: v for k, v in first.items() if k in ("pope", "mme")} == {k: second[k] for k in ("pope", "mme")}
+        assert {key: first[key] for key in ("pope", "mme")} == {key: second[key] for key in ("pope", "mme")}
+
+
+@pytest.mark.slow
+def test_an_evaluation_under_torchrun_is_written_once_and_goes_on(mllm_folder: Path, tmp_path: Path) -> None:
+    asked = write_benchmarks(tmp_path / "asked")
+    words = ["evaluate", str(mllm_folder), "--benchmarks", "pope,text", "--data", str(asked), "--batch-size", "2"]
+    assert run(*words, "--out", str(tmp_path / "one.json")) == 0
+    launch(["-m", "normtune", *words, "--device", "cpu", "--out", "two.json"], tmp_path)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one["scores"] == two["scores"]
+    texts = [read_answers(tmp_path / name) for name in ("one", "two")]
+    assert texts[0] == texts[1]
+    journal = tmp_path / "two" / "journal.jsonl"
+    full = journal.read_bytes()
+    journal.write_bytes(full[:-1])  # killed while it wrote the last round
+    launch(["-m", "normtune", *words, "--device", "cpu", "--out", "two.json"], tmp_path)
+    assert journal.read_bytes() == full
 
 
 def workers(parent: int) -> list[int]:
