@@ -137,7 +137,9 @@ def test_a_quantized_base_is_not_cut() -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+@pytest.mark.parametrize(
+    "sharded", [pytest.param(False, marks=pytest.mark.slow, id="replicated"), pytest.param(True, id="sharded")]
+)
 def test_a_recipe_under_torchrun(
     sharded: bool, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
