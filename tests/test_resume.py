@@ -390,6 +390,20 @@ def test_exit_codes_of_the_command(
     assert_same(adapter(done), adapter(tmp_path / "run"))
 
 
+@pytest.mark.heavy
+def test_a_tracker_goes_on_under_the_same_id(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    recipe["trackers"] = ["tensorboard"]
+    with monkeypatch.context() as patch:
+        on_loss(patch, 3, lambda: (signal.raise_signal(signal.SIGINT), None)[1])
+        interrupted(recipe, out=tmp_path / "run")
+    train(recipe, out=tmp_path / "run", resume=True, quiet=True)
+    found = [position.tracker for position, _ in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert len(found) == 4 and len(set(found)) == 1 and found[0]
+
+
 @pytest.mark.parametrize("worst", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_and_names_the_samples(
     worst: float, recipe: dict[str, Any], toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -92,9 +92,8 @@ def train(
                 report = run_stage(loop, index, step)
                 step = 0
     except InputError:
-        if (
-            fresh and loop.accelerator.is_main_process and not list_checkpoints(run.checkpoints)
-        ):  # nothing was trained: leave no run in the way
+        nothing = fresh and not list_checkpoints(run.checkpoints)
+        if nothing and loop.accelerator.is_main_process:  # leave no run in the way
             shutil.rmtree(run.folder, ignore_errors=True)
         raise
     restore(loop.model)

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from normtune.errors import InputError, JobError
+from normtune.errors import JobError
 from normtune.memory.planning import largest_batch
 from normtune.memory.recipes import USABLE, job_of, shape_of
 from normtune.recipe import Recipe, Stage
@@ -87,8 +87,9 @@ def samples_of(loop: Loop, batches: Batches, step: int, micro_batches: Sequence[
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA and MPS have a class of their own; the CPU's allocator raises a RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
+    """CUDA has a class of its own; the CPU's allocator and cuBLAS raise a RuntimeError."""
+    words = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def remedy(recipe: Recipe, stage: Stage, device: torch.device) -> str:
@@ -105,7 +106,7 @@ def remedy(recipe: Recipe, stage: Stage, device: torch.device) -> str:
         try:
             job = job_of(lambda: assembled_skeleton(recipe.model), changed, recipe.model.dtype, device.type)
             fits = largest_batch(job.plan, int(USABLE * memory), most) if most else 0
-        except InputError:
+        except Exception:  # a plan that fails must not hide what happened
             break
         if fits:
             told = {**({"micro_batch_size": fits} if fits < size or not changes else {}), **changes}

@@ -184,7 +184,7 @@ def keep_safe(loop: Loop, optimizer: torch.optim.Optimizer, index: int, step: in
         raise JobError("a checkpoint could not be written; the first process says why")
     if not (late or told or step == total or (steps and step % steps == 0)):
         return
-    if main and step:
+    if main and step:  # before the first step there is nothing to keep
         loop.saver.save(copy_tensors(loop.model, optimizer), position_of(loop, index, step))
         loop.saved = time.monotonic()
     if told:
