@@ -64,7 +64,13 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("name", "activations"), [("llama, grouped", "exact"), ("gemma3", "8bit"), ("phi3", "8bit"), ("gpt2", "exact")]
+    ("name", "activations"),
+    [
+        ("llama, grouped", "exact"),
+        ("gpt2", "exact"),
+        pytest.param("gemma3", "8bit", marks=pytest.mark.slow),
+        pytest.param("phi3", "8bit", marks=pytest.mark.slow),
+    ],
 )
 def test_all_blocks_and_lengths_share_their_graphs(name: str, activations: Any) -> None:
     model = make_model(SHAPES[name][0], 3)

@@ -93,7 +93,7 @@ main(sys.argv[4:])
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_as_never_killed(
     when: str, mllm_folder: Path, pair: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -376,7 +376,7 @@ def test_an_encoder_that_a_later_stage_trains_is_loaded_although_features_are_st
     assert_same(adapter(tmp_path / "filling"), adapter(tmp_path / "complete"))
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe.update(device="cpu", save_every="0.0001m")  # late at every step, by a clock that all go by
     for stage in recipe["stages"]:  # 24 samples in batches of 23: one process is idle in every second step

@@ -243,7 +243,7 @@ def test_equals_pycocoevalcap_as_a_whole(name: str) -> None:
 
 
 @java
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_meteor_of_real_captions() -> None:
     """The figure is pycocoevalcap's COCOEvalCap on these captions: the first of each image against the others."""
     answers, references = corpus("real")
