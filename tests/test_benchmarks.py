@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import compare, gpu, readme, step
+from benchmarks import compare, demo, gpu, readme, step
 
 
 def run(module: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,3 +70,7 @@ def test_the_comparison_in_the_readme_is_the_committed_one() -> None:
     text = compare.RESULTS.read_text()
     assert compare.table_of(json.loads(text)) in readme.README.read_text()
     assert not any(f'"/{root}/' in text for root in ("tmp", "home", "root", "work", "Users"))
+
+
+def test_the_demo_in_the_readme_is_the_committed_one() -> None:
+    assert demo.table(json.loads(demo.RESULTS.read_text())) in readme.README.read_text()
