@@ -47,7 +47,7 @@ def test_the_script_for_trainer_keeps_its_promises(tmp_path: Path) -> None:
     assert len(TRAINER.strip().splitlines()) <= 25
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @needs("trl", "datasets")
 def test_the_script_for_trl_runs(tmp_path: Path) -> None:
     tiny_llm(tmp_path / "llm", "qwen3")

@@ -136,10 +136,8 @@ def test_a_quantized_base_is_not_cut() -> None:
         shard(model, torch.device("cpu"), [])
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize(
-    "sharded", [pytest.param(False, marks=pytest.mark.slow, id="replicated"), pytest.param(True, id="sharded")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
 def test_a_recipe_under_torchrun(
     sharded: bool, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

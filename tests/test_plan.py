@@ -512,7 +512,7 @@ def plan_13b(folder: Path, compare: str) -> tuple[dict[str, Any], int]:
     return {p["strategy"]: p for p in json.loads(done.stdout)["plans"]}, int(done.stderr.split()[-1])
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_norm_tuning_of_13b_fits_where_it_should(tmp_path: Path) -> None:
     plans, held = plan_13b(tmp_path, "layernorm-simple")
     assert plans["layernorm-simple"]["peak_bytes"] <= 28.7 * 2**30 and held < 4e9
