@@ -139,6 +139,12 @@ def _header(stream: BinaryIO) -> Any:
     stream.seek(0)
     if size > MAX_BYTES:
         raise ValueError(f"its file is larger than {MAX_BYTES:,} bytes")
+    start = stream.read(30)
+    stream.seek(0)
+    if start[8:16] == b"WEBPVP8X":  # Pillow takes memory for the whole canvas when it opens such a file
+        width, height = (1 + int.from_bytes(start[place : place + 3], "little") for place in (24, 27))
+        if width * height > MAX_PIXELS:
+            raise Image.DecompressionBombError
     with _FILTERS, warnings.catch_warnings():  # what is large our own limit refuses
         warnings.simplefilter("ignore")
         return Image.open(stream, formats=FORMATS)
