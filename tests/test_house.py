@@ -21,8 +21,8 @@ RANKS = {
     **dict.fromkeys(("data", "encoders", "model", "pretrained", "probes", "processors", "templates", "skeletons"), 1),
     "strategy": 2,
     **dict.fromkeys(("adapter", "step", "tuned", "checkpoint", "accounting", "features", "flops", "memory"), 3),
-    "sharding": 3,
-    **dict.fromkeys(("training", "evaluation", "analysis", "comparison", "world"), 4),
+    **dict.fromkeys(("sharding", "bank"), 3),
+    **dict.fromkeys(("training", "evaluation", "analysis", "comparison", "serving", "exporting", "world"), 4),
     **dict.fromkeys(("cli", "__init__"), 5),
     "__main__": 6,
 }
@@ -39,7 +39,9 @@ WITHIN = {
     "step": {"features", "flops", "sharding"},
     "features": {"tuned"},
     "memory": {"step", "flops", "accounting", "sharding"},
+    "bank": {"adapter"},
     "analysis": {"evaluation"},
+    "serving": {"evaluation"},
     "comparison": {"training", "evaluation", "analysis"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
