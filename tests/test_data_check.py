@@ -20,7 +20,6 @@ from PIL import Image
 
 from browser import SCHEMES, WIDTHS, chromium, opened
 from command import run
-from normtune.cli.data import processor_of
 from normtune.cli.data_report import page
 from normtune.data import Collator, Mixture
 from normtune.data.checking import Checker, Exam
@@ -29,6 +28,7 @@ from normtune.data.skipping import Skipped
 from normtune.errors import InputError, JobError
 from normtune.model import assemble
 from normtune.recipe import DataSource, ModelRecipe, Stage
+from normtune.tuned import processor_of
 from toys import toy_data, toy_recipe
 
 LIMIT = 100

@@ -55,6 +55,27 @@ class Bar:
             self.rich.stop()
 
 
+class Bars:
+    """A bar for each name, one after another: `with Bars() as bars: bars.update("pope", 3, 100)`."""
+
+    def __init__(self, title: str = "") -> None:
+        """`title` stands before every name."""
+        self.title, self.bars = title, dict[str, Bar]()
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def update(self, name: str, done: int, total: int) -> None:
+        if name not in self.bars:
+            self.__exit__()
+            self.bars[name] = Bar(f"{self.title} {name}".strip(), total).__enter__()
+        self.bars[name].update(done)
+
+    def __exit__(self, *error: object) -> None:
+        for bar in self.bars.values():
+            bar.__exit__(None, None, None)
+
+
 def quiet_libraries() -> None:
     """Keeps transformers' loading bars and hints off the terminal; our own progress is enough."""
     import transformers

@@ -16,9 +16,10 @@ from torch import nn
 from normtune.adapter import load_adapter, read_adapter
 from normtune.encoders import encoder_of, load_encoder, put_encoder
 from normtune.errors import InputError
-from normtune.model import assemble, load
-from normtune.pretrained import torch_dtype, trusting
+from normtune.model import assemble, assembled_processor, load
+from normtune.pretrained import locate, read_config, torch_dtype, trusting
 from normtune.probes import Features
+from normtune.processors import load_processor
 from normtune.recipe import ModelRecipe, Recipe, load_recipe
 from normtune.strategy import tuning
 
@@ -74,6 +75,15 @@ def attach_encoder(model: nn.Module, recipe: ModelRecipe) -> None:
         else:
             encoder, _ = load_encoder(recipe.vision or "", dtype)
     put_encoder(model, name, encoder.to(next(p.device for p in model.parameters() if not p.is_meta)))
+
+
+def processor_of(model: ModelRecipe) -> Any:
+    """The processor that `build` gives, without the LLM's weights. Raises as `build`."""
+    with trusting(model.trust_remote_code):
+        if model.path is None:
+            return assembled_processor(model.llm or "", model.vision or "")
+        source = locate(model.path, "model", weights=False)
+        return load_processor(source, read_config(source, "model"))
 
 
 def move(model: nn.Module, device: torch.device) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from normtune.data.checking import Exam
-    from normtune.recipe import ModelRecipe, Recipe
+    from normtune.recipe import Recipe
 
 SHOWN = 24  # samples of each stage on the page
 
@@ -51,6 +51,7 @@ def check(
     from normtune.data.checking import Checker
     from normtune.progress import say
     from normtune.runlog import write_text
+    from normtune.tuned import processor_of
     from normtune.world import resolve
 
     located = resolve(resolved)
@@ -90,19 +91,6 @@ def threshold(max_bad: str | None, recipe: Recipe) -> int | float:
     if not (isinstance(value, int) and value >= 0) and not 0 <= value <= 1:
         raise InputError(f"--max-bad {max_bad!r}: give a number of samples (20) or a share of them (0.01)")
     return value
-
-
-def processor_of(model: ModelRecipe) -> Any:
-    """The processor that training has, without the LLM's weights."""
-    from normtune.model import assembled_processor
-    from normtune.pretrained import locate, read_config, trusting
-    from normtune.processors import load_processor
-
-    with trusting(model.trust_remote_code):
-        if model.path is None:
-            return assembled_processor(model.llm or "", model.vision or "")
-        source = locate(model.path, "model", weights=False)
-        return load_processor(source, read_config(source, "model"))
 
 
 def exam_of(recipe: Recipe) -> Exam | None:

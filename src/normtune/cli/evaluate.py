@@ -45,6 +45,7 @@ def evaluate(
 
     quiet_libraries()
     from normtune.evaluation import Settings, evaluate_into, splits_of
+    from normtune.progress import Bars
     from normtune.sharding import join
     from normtune.tuned import open_tuned, place
     from normtune.world import resolve_path
@@ -106,28 +107,6 @@ def target_of(out: Path | None, model: str, settings: Settings) -> Path:
     if (folder.parent / "recipe.yaml").is_file():
         return folder.parent / "evaluations" / folder.name / f"{settings.name}.json"
     return Path("evaluations") / folder.resolve().name / f"{settings.name}.json"
-
-
-class Bars:
-    """A bar for each benchmark, one after another."""
-
-    def __init__(self) -> None:
-        self.bars: dict[str, Any] = {}
-
-    def __enter__(self) -> Bars:
-        return self
-
-    def update(self, name: str, done: int, total: int) -> None:
-        from normtune.progress import Bar
-
-        if name not in self.bars:
-            self.__exit__()
-            self.bars[name] = Bar(name, total).__enter__()
-        self.bars[name].update(done)
-
-    def __exit__(self, *error: object) -> None:
-        for bar in self.bars.values():
-            bar.__exit__(None, None, None)
 
 
 def show(document: dict[str, Any], target: Path) -> None:

@@ -18,7 +18,7 @@ from normtune.comparison.costs import costs
 from normtune.data import Mixture
 from normtune.evaluation import Settings, ask, evaluate_into, identity, stored_features
 from normtune.features import fill_store
-from normtune.progress import Bar
+from normtune.progress import Bars
 from normtune.recipe import Recipe, load_recipe, recipe_hash, to_yaml
 from normtune.runlog import Run, append_line, read_json, read_lines, write_json, write_text
 from normtune.training import train
@@ -107,17 +107,22 @@ def do_parts(cell: Cell) -> None:
         tuned = do_training(cell)
     todo = [exam for exam in cell.exams if not cell.result(exam.name).is_file()]
     if todo:
-        if tuned is None:
-            tuned = open_tuned(cell.folder) if cell.trains else Tuned(*build(cell.recipe.model, cell.recipe.seed))
-            place(tuned.model, cell.recipe.device)
+        tuned = tuned or opened(cell)
         for exam in todo:
             do_exam(cell, exam, tuned)
     if not cell.trains and not cell.record.is_file():
-        tuned = tuned or Tuned(*build(cell.recipe.model, cell.recipe.seed))
+        tuned = tuned or opened(cell)
         images = fill(cell.recipe, tuned)
         write_json(cell.record, {"format": FORMAT, "title": cell.title, "images": images})
     if cell.analyzed and not cell.analysis.is_file():
         write_json(cell.analysis, analyze_run(cell.folder, reuse=False))
+
+
+def opened(cell: Cell) -> Tuned:
+    """The model that the cell's training left, or where nothing is trained the recipe's, on the recipe's device."""
+    tuned = open_tuned(cell.folder) if cell.trains else Tuned(*build(cell.recipe.model, cell.recipe.seed))
+    place(tuned.model, cell.recipe.device)
+    return tuned
 
 
 def do_training(cell: Cell) -> Tuned:
@@ -149,21 +154,15 @@ def do_exam(cell: Cell, exam: Exam, tuned: Tuned) -> None:
     about = identity(cell.folder.name, recipe_hash(cell.recipe), tuned.record, None)
     asked = ask(exam.settings, exam.data)
     store = stored_features(cell.recipe.model, tuned.model, tuned.processor, asked, quiet=False)
-    bars: dict[str, Bar] = {}
-
-    def progress(name: str, done: int, total: int) -> None:
-        if name not in bars:
-            bars[name] = Bar(f"{exam.name} {name}", total)
-        bars[name].update(done)
-
-    evaluate_into(
-        cell.result(exam.name),
-        tuned.model,
-        tuned.processor,
-        exam.settings,
-        exam.data,
-        about=about,
-        batch_size=BATCH,
-        store=store,
-        progress=progress,
-    )
+    with Bars(exam.name) as bars:
+        evaluate_into(
+            cell.result(exam.name),
+            tuned.model,
+            tuned.processor,
+            exam.settings,
+            exam.data,
+            about=about,
+            batch_size=BATCH,
+            store=store,
+            progress=bars.update,
+        )

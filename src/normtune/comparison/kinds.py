@@ -11,22 +11,21 @@ says how much each row gets.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from normtune.comparison.variants import BASELINES, Variant, numbered, prepared, slug, stage1_variants
 from normtune.data import Collator, Sample, read_samples
 from normtune.errors import InputError, did_you_mean
+from normtune.images import look_at
 from normtune.recipe import DataSource, Recipe, Stage
-from normtune.tuned import build
+from normtune.tuned import processor_of
 
 MIXED = "mixed"
 EQUAL = ("samples", "supervised-tokens")
-_AT_ONCE = 256  # samples that are tokens at a time
 Tokenized = Callable[[Sequence[Sample]], list[int]]
 
 
@@ -157,32 +156,28 @@ def supervised_tokens(recipe: Recipe) -> Tokenized:
     features are cached every image has as many tokens as the first, and no other is opened.
 
     Raises:
-        InputError: the model cannot be read; and as `data.Collator`.
+        InputError: the model's processor cannot be read, a broken image, a conversation that the template refuses.
     """
-    _, processor = build(recipe.model, recipe.seed)
     stage = prepared(recipe).stages[-1]
+    collator = Collator(processor_of(recipe.model), stage.max_length)
+    of_size, known = lru_cache(collator.image_tokens), dict[Path, int]()
+
+    def tokens(sample: Sample) -> list[int]:
+        for path in sample.images:
+            if path not in known:
+                known[path] = of_size(look_at(path, sample.where)[0])
+        return [known[path] for path in sample.images]
 
     def count(samples: Sequence[Sample]) -> list[int]:
         shown = next((sample for sample in samples if sample.images), None)
-        store = Alike(image_tokens(processor, shown)) if stage.cache_features and shown is not None else None
-        collator = Collator(processor, stage.max_length, store)
-        parts = [samples[start : start + _AT_ONCE] for start in range(0, len(samples), _AT_ONCE)]
-        return [sum(row.supervised) for part in parts for row in collator.encode(part)]
+        each = tokens(shown)[0] if stage.cache_features and shown is not None else None
+        found = []
+        for sample in samples:
+            lengths = tokens(sample) if each is None else [each] * len(sample.images)
+            try:
+                found.append(sum(collator.chat.encode(sample.turns, lengths, stage.max_length).supervised))
+            except InputError as error:
+                raise InputError(f"{sample.where}: {error}") from error
+        return found
 
     return count
-
-
-def image_tokens(processor: Any, sample: Sample) -> int:
-    """How many tokens an image of the sample takes."""
-    (row,) = Collator(processor, None).encode([sample])
-    return row.input_ids.count(processor.image_token_id) // len(sample.images)
-
-
-@dataclass(frozen=True)
-class Alike:
-    """Stands for stored features (`data.Features`) where only the length of a prompt is asked."""
-
-    tokens: int
-
-    def lookup(self, paths: Sequence[Path]) -> torch.Tensor:
-        raise NotImplementedError

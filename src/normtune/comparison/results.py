@@ -155,9 +155,8 @@ def examples_of(
 
 
 def example(asked: Asked, item: Item) -> dict[str, Any]:
-    truth = asked.task.truth(item)
-    text = str(truth[0]) if isinstance(truth, list | tuple) else str(truth)
-    return {"image": thumbnail(item), "task": asked.name, "question": item.question, "truth": text}
+    truth = asked.task.reference(item)
+    return {"image": thumbnail(item), "task": asked.name, "question": item.question, "truth": truth}
 
 
 def thumbnail(item: Item) -> str:

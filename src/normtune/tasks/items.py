@@ -77,6 +77,11 @@ class Task:
         """The figures of `measure`. InputError for unknown rules, or when answers and items differ in number."""
         return self.measure(items, answers, rules).scores
 
+    def reference(self, item: Item) -> str:
+        """`truth` as one text: of several the first."""
+        truth = self.truth(item)
+        return str(truth[0] if isinstance(truth, list | tuple) else truth)
+
 
 def check_rules(rules: str) -> None:
     """InputError unless `rules` is a name in RULES."""
