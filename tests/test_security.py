@@ -187,7 +187,7 @@ def test_bombs_are_refused_by_their_header(tmp_path: Path, name: str, monkeypatc
     def never(image: Any) -> Any:
         raise AssertionError("a decoder was asked for pixels")
 
-    monkeypatch.setattr(images, "_upright", never)
+    monkeypatch.setattr(images, "upright", never)
     path = tmp_path / "x.png"
     path.write_bytes(BOMBS[name])
     with pytest.raises(InputError, match=r"item 1: image .*x\.png has more than 67,108,864 pixels; scale it down"):

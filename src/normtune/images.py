@@ -95,14 +95,14 @@ def open_image(source: ImageSource, where: str) -> Image.Image:
     than MAX_BYTES, longer than MAX_RATIO times its width (or wider), or of more than MAX_PIXELS or twice Pillow's
     `MAX_IMAGE_PIXELS` pixels; sizes are told from its header, before memory is taken for them.
     """
-    with _opened(source, where) as file:
-        return to_rgb(_upright(file))
+    with opened(source, where) as file:
+        return to_rgb(upright(file))
 
 
 def look_at(source: ImageSource, where: str) -> tuple[tuple[int, int], int]:
     """(width, height) as `open_image` gives it, and the number of frames; decodes the first. Raises as `open_image`."""
-    with _opened(source, where) as file:
-        size, frames = _upright(file).size, 1
+    with opened(source, where) as file:
+        size, frames = upright(file).size, 1
         if file.format != "MPO":  # the other pictures in a phone's JPEG are previews and maps
             with contextlib.suppress(Exception):  # broken further on, which takes nothing from the first
                 frames = getattr(file, "n_frames", 1)
@@ -110,9 +110,10 @@ def look_at(source: ImageSource, where: str) -> tuple[tuple[int, int], int]:
 
 
 @contextlib.contextmanager
-def _opened(source: ImageSource, where: str) -> Iterator[Any]:
-    """The file as Pillow opens it; InputError for what is wrong with it, and for whatever decoding it raises within."""
-    limit = min(MAX_PIXELS, 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS))
+def opened(source: ImageSource, where: str, limit: int = MAX_PIXELS) -> Iterator[Any]:
+    """The file as Pillow opens it, of at most `limit` pixels; nothing is decoded yet. InputError for what is wrong with
+    it, and for whatever decoding it raises within."""
+    limit = min(limit, MAX_PIXELS, 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS))
     too_large = InputError(f"{where}: image {source} has more than {limit:,} pixels; scale it down")
     try:
         with source.open("rb") as stream, _header(stream) as file:
@@ -150,7 +151,8 @@ def _header(stream: BinaryIO) -> Any:
         return Image.open(stream, formats=FORMATS)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image decoded, turned as its EXIF data says."""
     image.load()
     try:
         ImageOps.exif_transpose(image, in_place=True)
