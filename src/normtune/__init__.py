@@ -35,6 +35,7 @@ _HOMES = {
     "remove_adapter": "adapter",
     "merge": "adapter",
     "open_tuned": "tuned",
+    "bank": "bank",
 }
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "anatomy",
     "apply",
     "assemble",
+    "bank",
     "check_step_size",
     "compare",
     "evaluate",
@@ -71,6 +73,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from normtune.adapter import Adapter, export_peft, load_adapter, merge, remove_adapter, save_adapter, set_adapter
+    from normtune.bank import bank
     from normtune.errors import InputError, JobError
     from normtune.model import assemble, load, save
     from normtune.strategy import Report, apply, check_step_size, lean, movement, parameter_groups, restore
