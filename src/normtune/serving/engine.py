@@ -1,0 +1,254 @@
+"""The engine: requests of any thread in, pieces of their answers out, one thread that owns the model.
+
+Scope: the queue and its limit, starting, closing, what counts. Between two decoding steps what waits is admitted as far
+as there are slots (`joining`), or a batch at a time where the model cannot do that (`waiting`); that is tried once.
+transformers' own continuous batching is not used: its requests are token ids alone (`ContinuousBatchingManager
+.add_request` of transformers 5.23 takes no image), and its paged cache knows nothing of rows on different adapters.
+An error of one request ends that request. Not here: HTTP, and what a client may ask for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from PIL import Image
+
+from normtune.bank import Bank
+from normtune.chat import Turn
+from normtune.errors import InputError
+from normtune.evaluation.answering import stop_tokens
+from normtune.serving.jobs import Closed, Job, Piece, QueueFull
+from normtune.serving.joining import Joining
+from normtune.serving.prompts import Prompt, Prompts
+from normtune.serving.sampling import Sampling
+from normtune.serving.slots import can_join
+from normtune.serving.waiting import Waiting
+
+IMAGE_CACHE = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Jobs `running` and `waiting` now; since the start: `admitted`, `finished`, `tokens` generated, decoding `steps`
+    (or batches that waited for one another), `images_encoded` and those that were known."""
+
+    running: int
+    waiting: int
+    admitted: int
+    finished: int
+    tokens: int
+    steps: int
+    images_encoded: int
+    image_cache_hits: int
+
+
+class Engine:
+    """Answers requests on the models of a bank; a context manager that starts and, draining, closes it.
+
+    Args:
+        slots: rows that decode together.
+        max_queue: requests that may wait for one.
+        max_context: tokens of a prompt and its answer (default: the positions that the model's config names).
+        batching: False: one request at a time.
+        image_cache_bytes: of features of images that were asked about.
+
+    Attributes:
+        joins: whether rows can join a batch that decodes; else batches wait for one another.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        processor: Any,
+        *,
+        slots: int = 16,
+        max_queue: int = 256,
+        max_context: int | None = None,
+        batching: bool = True,
+        image_cache_bytes: int = IMAGE_CACHE,
+    ) -> None:
+        if slots < 1 or max_queue < 1:
+            raise InputError(f"slots is {slots} and max_queue {max_queue}; give 1 or more")
+        model: Any = bank.model
+        model.eval()
+        self.bank, self.slots, self.max_queue = bank, slots if batching else 1, max_queue
+        self.max_context = positions(model) if max_context is None else max_context
+        self.prompts = Prompts(bank, processor, self.max_context, image_cache_bytes)
+        self.tokenizer = processor.tokenizer
+        stops = frozenset(stop_tokens(model, self.prompts.chat))
+        own = self.tokenizer.pad_token_id
+        pad = next(iter(sorted(stops)), 0) if own is None else own
+        silent = {*bank.never_sampled, *([] if own is None else [own])} - stops
+        device = model.get_input_embeddings().weight.device
+        never = torch.tensor(sorted(silent), dtype=torch.int64, device=device)
+        vision = self.prompts.vision
+        self.joins = vision is not None and can_join(bank, pad, len(self.tokenizer))
+        self._runner: Joining | Waiting
+        if vision is not None and self.joins:
+            self._runner = Joining(bank, vision, pad, stops, never)
+        else:
+            self._runner = Waiting(bank, self.prompts, pad, stops, never)
+        self._queue: deque[Job] = deque()
+        self._change = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = self._dropping = False
+        self._admitted = self._finished = self._tokens = self._steps = 0
+
+    def start(self) -> None:
+        """Begins to answer. Closed: it was closed."""
+        with self._change:
+            if self._closing:
+                raise Closed("the engine is closed")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="normtune-engine", daemon=True)
+                self._thread.start()
+
+    def close(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Takes no more requests and ends the thread: what was submitted is answered first (`drain`), for `timeout`
+        seconds at most; what is left then is cancelled."""
+        with self._change:
+            self._closing = True
+            self._change.notify_all()
+        if not drain or self._thread is None:
+            self._drop()
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                self._drop()
+                self._thread.join()
+
+    def _drop(self) -> None:
+        """Cancels all that waits or runs."""
+        with self._change:
+            self._dropping = True
+            waiting = list(self._queue)
+            self._queue.clear()
+        for job in waiting:
+            job.end("cancelled")
+        self._finished += len(waiting)
+        for job in list(self._runner.jobs):
+            job.cancel()
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def prepare(self, turns: Sequence[Turn], images: Sequence[Image.Image], adapter: str | None) -> Prompt:
+        """A conversation that ends with a user's turn, "<image>" in its text for each image, on an adapter (None: the
+        base); where the adapter is gated and there is no image, on the base. From any thread.
+
+        Raises:
+            InputError: an unknown adapter, images and "<image>" that do not match, a prompt longer than the context.
+        """
+        return self.prompts.prepare(turns, images, adapter)
+
+    def submit(
+        self, prompt: Prompt, sampling: Sampling, on_piece: Callable[[Piece], None], *, whole: bool = False
+    ) -> Job:
+        """Puts a prompt into the queue; from any thread.
+
+        Args:
+            on_piece: called from the engine's thread with what is new; it must not block.
+            whole: one piece at the end, with all of the text.
+
+        Raises:
+            InputError: prompt and answer may be longer than the context.
+            QueueFull: `max_queue` requests wait. Closed: the engine takes no more.
+        """
+        if self.max_context is not None and prompt.tokens + sampling.max_new_tokens > self.max_context:
+            raise InputError(
+                f"the prompt has {prompt.tokens} tokens, the answer may have {sampling.max_new_tokens}, and the "
+                f"context of the model {self.max_context};\nshorten one of them"
+            )
+        job = Job(prompt, sampling, on_piece, self.tokenizer, whole)
+        with self._change:
+            if self._closing:
+                raise Closed("the engine is closed")
+            if len(self._queue) >= self.max_queue:
+                raise QueueFull(f"{self.max_queue} requests wait already; try again later")
+            self._queue.append(job)
+            self._change.notify()
+        return job
+
+    def stream(
+        self, turns: Sequence[Turn], images: Sequence[Image.Image], adapter: str | None, sampling: Sampling
+    ) -> Iterator[Piece]:
+        """The pieces of an answer as they come; closing the iterator cancels it. Raises as `prepare` and `submit`."""
+        prompt, pieces = self.prepare(turns, images, adapter), SimpleQueue[Piece]()
+        job = self.submit(prompt, sampling, pieces.put)
+        return _pieces(job, pieces)
+
+    @property
+    def stats(self) -> Stats:
+        vision = self.prompts.vision
+        running = len(self._runner.jobs)
+        seen = (0, 0) if vision is None else (vision.encoded, vision.hits)
+        return Stats(running, len(self._queue), self._admitted, self._finished, self._tokens, self._steps, *seen)
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while (jobs := self._next()) is not None:
+                before = [*self._runner.jobs, *jobs]
+                tokens = sum(job.tokens for job in before)
+                try:
+                    self._turn(jobs)
+                except Exception as error:  # a mistake of ours: it ends what runs, and not the engine
+                    self._runner.fail(error)
+                    for job in jobs:
+                        job.fail(error)
+                self._tokens += sum(job.tokens for job in before) - tokens
+                self._finished += sum(job.done for job in before)
+
+    def _next(self) -> list[Job] | None:
+        """What is to be admitted now, once there is anything to do; None: the engine is closed and all is done."""
+        running = len(self._runner.jobs)
+        with self._change:
+            while not (self._queue or running or self._closing):
+                self._change.wait()
+            if not (self._queue or running):
+                return None
+            return [self._queue.popleft() for _ in range(min(len(self._queue), self.slots - running))]
+
+    def _turn(self, jobs: list[Job]) -> None:
+        """Admits `jobs` and makes a step."""
+        self._admitted += len(jobs)
+        if self._dropping:
+            for job in [*self._runner.jobs, *jobs]:
+                job.cancel()
+        for job in jobs:
+            if job.cancelled:
+                job.end("cancelled")
+        jobs = [job for job in jobs if not job.done]
+        if jobs:
+            self._runner.admit(jobs)
+        self._runner.step()
+        self._steps += 1
+
+
+def positions(model: Any) -> int | None:
+    """Tokens that the model's config says it is made for: those that it was trained on, where positions are stretched
+    by the length of what is in the batch."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
+    return found or getattr(config, "max_position_embeddings", None)
+
+
+def _pieces(job: Job, pieces: SimpleQueue[Piece]) -> Iterator[Piece]:
+    try:
+        while True:
+            piece = pieces.get()
+            yield piece
+            if piece.finish is not None:
+                return
+    finally:
+        job.cancel()
