@@ -151,10 +151,7 @@ def entry_of(model: nn.Module, layout: Layout, base: Entry, name: str, adapter: 
 
 def twin_of(module: nn.Module, layout: Layout, values: Mapping[str, torch.Tensor]) -> nn.Module:
     """The module with those tensors in place of its own, as `load_adapter` would make it; shares everything else."""
-    own = {
-        short: values.get(layout.names.get(id(parameter), ""), parameter)
-        for short, parameter in module._parameters.items()
-    }
+    own = {n: values.get(layout.names.get(id(p), ""), p) for n, p in module.named_parameters(recurse=False)}
     made = bare_twin(module, own)
     made._modules = {
         name: None if child is None else twin_of(child, layout, values) for name, child in module._modules.items()
@@ -167,12 +164,12 @@ def twin_of(module: nn.Module, layout: Layout, values: Mapping[str, torch.Tensor
     return made
 
 
-def bare_twin(module: nn.Module, own: Mapping[str, torch.Tensor | None]) -> nn.Module:
-    """A shallow copy that runs its class's forward on the parameters `own`."""
+def bare_twin(module: nn.Module, own: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A shallow copy that runs its class's forward, with `own` in place of the parameters of these names."""
     made = copy.copy(module)
     for place in ("forward", HOOKED):  # they are bound to the module
         vars(made).pop(place, None)
-    made._parameters = dict(own)  # type: ignore[arg-type]
+    made._parameters = {**module._parameters, **own}  # type: ignore[dict-item]
     return made
 
 

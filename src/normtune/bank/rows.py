@@ -55,11 +55,28 @@ def banked(
     if kind == "connector":
         return forward(current.images, *args, **kwargs)
     if given.shape[0] != selection.size:
+        if kind == "norm" and given.shape[0] % selection.size == 0:  # some mixers give a norm of heads [B S heads, H]
+            return by_batch(selection, name, module, before, args, kwargs)
         raise InputError(
             f"{name} is given {given.shape[0]} rows where {selection.size} have an adapter; "
-            "give one per row of the batch (a model that flattens its rows cannot be in a bank)"
+            "give one per row of the batch"
         )
     return forward(*args, **kwargs)
+
+
+def by_batch(
+    selection: Selection, name: str, module: nn.Module, before: Forward | None, args: Any, kwargs: Any
+) -> torch.Tensor:
+    """A norm on [B N, H], the rows of a sample one after another: run on [B, N, H]."""
+    given = args[0] if args else next(iter(kwargs.values()))
+
+    def apart(value: Any) -> Any:
+        same = isinstance(value, torch.Tensor) and value.shape[:1] == given.shape[:1]
+        return value.unflatten(0, (selection.size, -1)) if same else value
+
+    forward = selection.forward(name, module, before, "norm", given.dim() + 1)
+    result = forward(*map(apart, args), **{key: apart(value) for key, value in kwargs.items()})
+    return result.flatten(0, 1)  # type: ignore[no-any-return]
 
 
 class Selection:

@@ -7,13 +7,13 @@ that differs in the last bit, rows run group by group. Not here: which gains (ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from normtune.bank.entries import bare_twin
-from normtune.structure.norms import run
 
 Own = dict[str, torch.Tensor]
 ROWS, LENGTHS = 3, (1, 5)
@@ -66,18 +66,31 @@ def way_of(module: nn.Module) -> Way:
     by_row = {n: torch.randn(ROWS, *p.shape, generator=generator).to(device) for n, p in parameters.items()}
     shape = next(iter(parameters.values())).shape
     with torch.no_grad():
-        samples = [torch.randn(ROWS, length, *shape, generator=generator).to(device) for length in LENGTHS]
+        samples: list[tuple[torch.Tensor, ...]] = []
+        for length in LENGTHS:
+            x, gate = torch.randn(2, ROWS, length, *shape, generator=generator).to(device)
+            samples += [given for given in ((x,), (x, gate)) if takes(module, by_row, given)]
         for way in WAYS:
-            if all(agrees(module, way, by_row, x) for x in samples):
+            if samples and all(agrees(module, way, by_row, given) for given in samples):
                 return way
     return GROUPS
 
 
-def agrees(module: nn.Module, way: Way, by_row: Own, x: torch.Tensor) -> bool:
-    """Whether the way gives the bits of one gain at a time; x [B, S, *shape]."""
-    wanted = [run(bare_twin(module, {n: g[row] for n, g in by_row.items()}), x)[row] for row in range(ROWS)]
+def takes(module: nn.Module, by_row: Own, given: Sequence[torch.Tensor]) -> bool:
+    """Whether the norm runs on that: some take a gate, or demand one."""
     try:
-        found = run(way.twin(module, {name: gains[:, None] for name, gains in by_row.items()}), x)
+        bare_twin(module, {name: gains[0] for name, gains in by_row.items()})(*given)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def agrees(module: nn.Module, way: Way, by_row: Own, given: Sequence[torch.Tensor]) -> bool:
+    """Whether the way gives the bits of one gain at a time; given [B, S, *shape]."""
+    twins = [bare_twin(module, {name: gains[row] for name, gains in by_row.items()}) for row in range(ROWS)]
+    wanted = torch.stack([twin(*given)[row] for row, twin in enumerate(twins)])
+    try:
+        found = way.twin(module, {name: gains[:, None] for name, gains in by_row.items()})(*given)
     except (RuntimeError, ValueError, TypeError):  # it takes no gains of that shape
         return False
-    return torch.equal(found, torch.stack(wanted))
+    return torch.equal(found, wanted)
