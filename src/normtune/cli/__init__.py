@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import normtune
-from normtune.cli import analyze, chat, compare, data, demo, evaluate, export, init, norms, plan, score, train
+from normtune.cli import analyze, chat, compare, data, demo, evaluate, export, init, norms, plan, score, serve, train
 from normtune.errors import NormtuneError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("norms")(norms.norms)
 app.command("plan")(plan.plan)
 app.add_typer(data.commands, name="data")
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("merge")(export.merge)
 app.command("export")(export.export)
 

@@ -1,0 +1,77 @@
+"""The server's process: a socket, uvicorn, and an end in good order.
+
+Scope: SIGTERM and Ctrl-C stop accepting, let what was accepted finish, and end well; a second one ends at once.
+Non-scope: routes (`app`), the model (`engine`). Source: uvicorn's own server, whose handling of signals would end the
+process by the signal even after a clean shutdown.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from normtune.errors import InputError, NormtuneError
+from normtune.progress import say
+from normtune.serving.engine import Engine
+from normtune.serving.limits import DRAIN_SECONDS, ServerSettings
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. InputError where that is not possible."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot serve at {host}:{port}: {reason}\nChoose another --host or --port.") from error
+
+
+class Forced(NormtuneError):
+    """Ended before its requests did: exit code 130 after Ctrl-C, 143 after SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("stopped at once; requests that ran have no answer")
+        self.exit_code = 128 + number
+
+
+class Server(uvicorn.Server):
+    """uvicorn with signals as the commands of normtune have them. `forced` is the signal that came second, or None."""
+
+    def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
+        options = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
+        # nothing that was accepted takes longer than its time limit; the page's open event streams would never end
+        patience = int(settings.timeout + 2 * DRAIN_SECONDS) + 1
+        super().__init__(
+            uvicorn.Config(app, http="h11", ws="none", timeout_graceful_shutdown=patience, **options)  # type: ignore[arg-type]
+        )
+        self.app = app
+        self.forced: signal.Signals | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal: answers what was accepted. The second: ends now."""
+        if self.should_exit:
+            self.force_exit, self.forced = True, signal.Signals(sig)
+            return
+        self.should_exit = self.app.state.answers.closing = True
+        say("finishing the requests that were accepted; once more to stop at once")
+
+
+def run(app: FastAPI, engine: Engine, settings: ServerSettings, listener: socket.socket) -> None:
+    """Serves at `listener` until a signal comes.
+
+    Raises:
+        Forced: a second signal came.
+    """
+    server = Server(app, settings)
+    engine.start()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        engine.close(drain=server.forced is None)
+        app.state.answers.close()
+    if server.forced is not None:
+        raise Forced(server.forced)
