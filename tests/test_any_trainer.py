@@ -115,6 +115,7 @@ def test_options_of_trainer(option: str, base: torch.dtype, tmp_path: Path) -> N
             assert torch.equal(parameter, before[name]), name
 
 
+@pytest.mark.heavy
 def test_a_checkpoint_of_trainer_goes_on_with_the_fp32_gains(tmp_path: Path) -> None:
     """Three steps and three more equal six; what comes back from the file is not rounded."""
     finals = []

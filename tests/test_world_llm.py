@@ -122,7 +122,7 @@ def test_growing_keeps_the_function() -> None:
     assert large.config.num_hidden_layers == 2
 
 
-@pytest.mark.parametrize("stop", [1, 2, 4])
+@pytest.mark.parametrize("stop", [1, *(pytest.param(n, marks=pytest.mark.heavy) for n in (2, 4))])
 def test_an_interrupted_training_ends_alike(tmp_path: Path, stop: int) -> None:
     """Stopped before, at and after the step at which the model grows."""
     whole = pretrain.train(TOY, tmp_path / "whole", lambda _: None)
