@@ -5,7 +5,7 @@ out of models, by name; `lora` the LoRA of an adapter; `merging` plain models, a
 PEFT's format. Not here: the state of a training (checkpoint.py).
 """
 
-from normtune.adapter.arithmetic import Adapter, Difference
+from normtune.adapter.arithmetic import Adapter, Difference, weighted_sum
 from normtune.adapter.files import read_adapter
 from normtune.adapter.interchange import export_peft
 from normtune.adapter.loading import load_adapter, put_tensors, remove_adapter, save_adapter, set_adapter
@@ -24,4 +24,5 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "survival",
+    "weighted_sum",
 ]

@@ -9,7 +9,7 @@ them. All of it in fp64, stored as fp32. Not here: files (files.py), models (loa
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from normtune.errors import InputError
 from normtune.runlog import provenance
 
 Tensors = dict[str, torch.Tensor]
-KEPT = ("strategy", "parts", "base", "dtype")  # what an adapter made of others takes over from the first one
+KEPT = ("strategy", "parts", "base", "dtype", "gate")  # what an adapter made of others takes over from the first one
 
 
 @dataclass(frozen=True)
@@ -259,3 +259,44 @@ def made_of(how: str, tensors: Tensors, *adapters: Adapter) -> dict[str, Any]:
         "made": {"how": how, "of": sources},
         "provenance": provenance(),
     }
+
+
+def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], *, keep_rest: bool = False) -> Adapter:
+    """base + sum of weight * change over several adapters of one base; a gain that one leaves alone has none there.
+
+    Tensors without a base here (connector, embedding, head, ...) have no change to weigh. Where all adapters hold the
+    same values they stay; where the weights sum to 1 and all hold the tensor, its values are averaged by the weights.
+
+    Raises:
+        InputError: LoRA, two bases, fewer than one adapter, as many weights as there are not adapters, a weight that is
+            not finite, or tensors without a base in any other case (unless `keep_rest`: the first adapter's stay).
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise InputError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight for each adapter")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise InputError(f"adapters cannot be weighted by {', '.join(f'{w:g}' for w in weights)}; give finite numbers")
+    refuse_lora("add", *adapters)
+    for other in adapters[1:]:
+        check_same_base(adapters[0], other)
+    base = {name: tensor for adapter in reversed(adapters) for name, tensor in adapter.base.items()}
+    total: Tensors = {}
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.tensors):
+        held = [adapter.tensors[name] for adapter in adapters if name in adapter.tensors]
+        whole = len(held) == len(adapters)
+        if name in base:
+            pairs = [(w, a) for w, a in zip(weights, adapters, strict=True) if name in a.tensors]
+            change = [w * (a.tensors[name].double() - a.base.get(name, base[name]).double()) for w, a in pairs]
+            total[name] = (base[name].double() + torch.stack(change).sum(0)).float()
+        elif keep_rest or (whole and all(same(held[0], one) for one in held)):
+            total[name] = held[0]
+        elif whole and abs(sum(weights) - 1) < 1e-6:
+            parts = [w * one.double() for w, one in zip(weights, held, strict=True)]
+            total[name] = torch.stack(parts).sum(0).float()
+        else:
+            why = f"the weights sum to {sum(weights):g}, not 1" if whole else "not all adapters hold it"
+            raise InputError(
+                f"{name} has no base in the adapters, and {why}, so that it cannot be weighed;\n"
+                "keep_rest (--keep-rest) keeps the first adapter's"
+            )
+    how = "sum " + " ".join(f"{weight:g}" for weight in weights)
+    return Adapter(total, base, made_of(how, total, *adapters))

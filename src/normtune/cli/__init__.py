@@ -9,7 +9,22 @@ from typing import Annotated
 import typer
 
 import normtune
-from normtune.cli import analyze, chat, compare, data, demo, evaluate, export, init, norms, plan, score, serve, train
+from normtune.cli import (
+    analyze,
+    chat,
+    compare,
+    data,
+    demo,
+    evaluate,
+    export,
+    init,
+    merge,
+    norms,
+    plan,
+    score,
+    serve,
+    train,
+)
 from normtune.errors import NormtuneError
 
 app = typer.Typer(
@@ -34,7 +49,7 @@ app.command("plan")(plan.plan)
 app.add_typer(data.commands, name="data")
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
-app.command("merge")(export.merge)
+app.command("merge")(merge.merge)
 app.command("export")(export.export)
 
 
