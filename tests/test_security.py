@@ -30,8 +30,9 @@ import normtune
 from normtune import images, tuned
 from normtune.errors import InputError
 from normtune.images import find_image, open_image
-from normtune.pretrained import trusted
+from normtune.pretrained import locate, trusted
 from normtune.recipe import ModelRecipe, load_recipe
+from normtune.runlog import read_json
 from normtune.tasks import pope
 from normtune.tasks.files import stored_image
 from normtune.tuned import build
@@ -120,14 +121,21 @@ def test_the_folder_itself_may_be_a_link(folder: Path, monkeypatch: pytest.Monke
         assert find_image(root, "sub/b.png", "item 1") == root / "sub/b.png"
 
 
-@pytest.mark.parametrize(
-    "name", ["x" * 300 + ".png", "\udcff.png", "\ud800.png", "a.png/b", "pipe", "sub", "gone", "."]
-)
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "a.png/b", "pipe", "sub", "gone", "."])
 def test_what_is_no_file_is_missing(folder: Path, name: str) -> None:
     os.mkfifo(folder / "pipe")
     (folder / "gone").symlink_to("nowhere")
     with pytest.raises(InputError, match=r"item 1: there is no image"):
         find_image(folder, name, "item 1")
+
+
+@pytest.mark.parametrize("name", ["\udcff.png", "\ud800.png", "\ud800/../a.png"])
+def test_what_is_no_text_is_no_name(folder: Path, name: str) -> None:
+    """Else the message could not be printed, and neither a log nor a report could hold the path."""
+    (folder / "\udcff.png").write_bytes((folder / "a.png").read_bytes())
+    with pytest.raises(InputError, match=r"item 1: image .* is no text") as caught:
+        find_image(folder, name, "item 1")
+    str(caught.value).encode()
 
 
 NAMES = ("../evil.jpg", "/tmp/evil.jpg", "a/../../evil.jpg", "..", "a\0.jpg")
@@ -192,6 +200,34 @@ def test_bombs_are_refused_by_their_header(tmp_path: Path, name: str, monkeypatc
     path.write_bytes(BOMBS[name])
     with pytest.raises(InputError, match=r"item 1: image .*x\.png has more than 67,108,864 pixels; scale it down"):
         open_image(path, "item 1")
+
+
+def tiled(width: int, height: int, data: bytes) -> bytes:
+    """A TIFF of 64 x 64 pixels in one tile of that size."""
+    tags = {256: 64, 257: 64, 258: 8, 259: 8, 262: 1, 277: 1, 322: width, 323: height, 324: 130, 325: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(130, b"\0") + data
+
+
+def test_tiles_larger_than_their_image(tmp_path: Path) -> None:
+    """They are decoded whole: a few kilobytes would become gigabytes."""
+    (tmp_path / "x.tif").write_bytes(tiled(256, 256, zlib.compress(bytes(2**16))))
+    assert open_image(tmp_path / "x.tif", "item 1").size == (64, 64)
+    (tmp_path / "x.tif").write_bytes(tiled(8192, 8192, zlib.compress(bytes(2**16))))
+    with pytest.raises(InputError, match=r"cannot be read: its tiles of 8,192 x 8,192 pixels are larger"):
+        open_image(tmp_path / "x.tif", "item 1")
+
+
+def test_jpegs_of_scan_upon_scan(tmp_path: Path) -> None:
+    """A scan of a few bytes goes through all pixels: a megabyte of them would take a decoder minutes."""
+    whole = encoded("JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xda" * 200)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    assert images._scans(whole) == whole.count(b"\xff\xda") - 200 < 12
+    (tmp_path / "x.jpg").write_bytes(whole + b"\xff\xda" * 200)  # what stands behind the end is nobody's
+    assert open_image(tmp_path / "x.jpg", "item 1").size == (8, 8)
+    (tmp_path / "x.jpg").write_bytes(whole[:-2] + last * 100 + whole[-2:])
+    with pytest.raises(InputError, match=r"cannot be read: it has more than 100 scans"):
+        open_image(tmp_path / "x.jpg", "item 1")
 
 
 @pytest.mark.parametrize("size", [(1, 201), (402, 1), (2, 401)])
@@ -345,6 +381,16 @@ def test_pickled_weights_are_refused(llm_folder: Path, vision_folder: Path, tmp_
     with pytest.raises(InputError, match=r"weights in pickles \(pytorch_model.bin\), which may run any code"):
         build(recipe_of(folder, vision_folder))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 100_000, '{"a": ' + "9" * 5000 + "}", '{"a": "\xff"}'])
+def test_what_json_stumbles_over_is_named(llm_folder: Path, tmp_path: Path, text: str) -> None:
+    own = shutil.copytree(llm_folder, tmp_path / "own")
+    (own / "tokenizer_config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"LLM: .*tokenizer_config\.json cannot be read"):
+        locate(own, "LLM")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_json(own / "tokenizer_config.json", "model")
 
 
 def test_shards_stay_in_their_folder(llm_folder: Path, vision_folder: Path, tmp_path: Path) -> None:

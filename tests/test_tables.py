@@ -112,6 +112,18 @@ def test_dictionary_of_lists_is_a_list_of_dictionaries() -> None:
     assert tables._turns({"from": ["human", "gpt"], "value": ["Q", "A"]}) == GOOD["conversations"]
 
 
+@pytest.mark.parametrize("kind", ["page", "text"])
+def test_damage_within_a_table(folder: Path, kind: str) -> None:
+    """The table is at fault, not the disk that its rows are copied to; and no exception of pyarrow's gets through."""
+    path = folder / "x.parquet"
+    table(folder, [{"id": "ZZZZZZZZ", **GOOD}])
+    data = path.read_bytes()
+    page = data[4:].replace(b"ZZZZ", b"\xff\xfe\xff\xff") if kind == "text" else b"\xff" * 8 + data[12:]
+    path.write_bytes(b"PAR1" + page if kind == "text" else data[:4] + page)
+    with pytest.raises(InputError, match=r"x\.parquet: it cannot be read as a table: \S"):
+        read_samples(DataSource(path=str(path)))
+
+
 def test_bad_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

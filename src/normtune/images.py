@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import threading
 import warnings
@@ -28,6 +29,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 2**26  # 8192 x 8192: every camera's usual picture; in any mode less than 800 MB while it is decoded
 MAX_RATIO = 200  # of the sides: scaled to a side of 336, as processors do before they crop, 67,200 x 336 pixels
 MAX_BYTES = 2**29
+MAX_TILE = 2**24  # pixels of a tile in a TIFF that is smaller than that
+MAX_SCANS = 100  # of a progressive JPEG
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)  # of a JPEG, followed by its length; and the end
 _FILTERS = threading.Lock()  # those of warnings are the whole process's
 STRIP = 2**20  # pixels that are computed on at a time where a copy of all of them would be large
 
@@ -56,6 +60,10 @@ def find_image(folder: Path | None, name: str, where: str) -> Path:
         raise InputError(f"{where}: it has an image, but the data source names no folder: give it `images: FOLDER`")
     if "://" in name or name.startswith("data:"):
         raise InputError(f"{where}: image {_short(name)} is no file: download it, images are read from a folder")
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a message, a report and a log could not say it
+        raise InputError(f"{where}: image {_short(name)} is no text: half of a surrogate pair") from None
     inside = os.path.normpath(name)
     if not name or "\0" in name or os.path.isabs(name) or inside.split(os.sep)[0] == os.pardir:
         raise InputError(
@@ -67,7 +75,7 @@ def find_image(folder: Path | None, name: str, where: str) -> Path:
         mode = os.lstat(path).st_mode
         linked = stat.S_ISLNK(mode)
         there = path.is_file() if linked else stat.S_ISREG(mode)  # no pipe, no device: reading them may never end
-    except (OSError, ValueError):  # a name that is too long, or half of a surrogate pair, is no file's
+    except (OSError, ValueError):  # a name that is too long is no file's
         there = linked = False
     if there and not _holds(os.getcwd(), str(folder), inside if linked else os.path.dirname(inside)):
         raise InputError(
@@ -119,6 +127,7 @@ def opened(source: ImageSource, where: str, limit: int = MAX_PIXELS) -> Iterator
         with source.open("rb") as stream, _header(stream) as file:
             if file.width * file.height > limit:
                 raise too_large
+            _check_cost(stream, file)
             if max(file.size) > MAX_RATIO * min(file.size):
                 raise ValueError(f"{file.width:,} x {file.height:,} pixels are a line, not a picture")
             yield file
@@ -149,6 +158,31 @@ def _header(stream: BinaryIO) -> Any:
     with _FILTERS, warnings.catch_warnings():  # what is large our own limit refuses
         warnings.simplefilter("ignore")
         return Image.open(stream, formats=FORMATS)
+
+
+def _check_cost(stream: BinaryIO, file: Any) -> None:
+    """ValueError for what takes a decoder more than its pixels do: tiles far larger than the image, which are decoded
+    whole, and a JPEG of scan upon scan, each of which goes through all of it."""
+    if file.format == "TIFF":
+        width, height = (int(file.tag_v2.get(tag, 0)) for tag in (322, 323))
+        if width * height > max(MAX_TILE, 2 * file.width * file.height):
+            raise ValueError(f"its tiles of {width:,} x {height:,} pixels are larger than a tile needs to be")
+    elif file.info.get("progressive"):
+        place = stream.tell()
+        stream.seek(0)
+        too_many = _scans(stream.read()) > MAX_SCANS
+        stream.seek(place)
+        if too_many:
+            raise ValueError(f"it has more than {MAX_SCANS} scans; an encoder writes ten or so")
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has up to its end; one more than MAX_SCANS stands for any larger number."""
+    place, scans = 2, 0
+    while scans <= MAX_SCANS and (found := _MARKER.search(data, place)) and found[1] != b"\xd9":
+        scans += found[1] == b"\xda"
+        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2])  # its header; then compressed data
+    return scans
 
 
 def upright(image: Image.Image) -> Image.Image:

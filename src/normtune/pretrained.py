@@ -235,7 +235,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
             f"{what}: {path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}.\n"
             "Correct the file, or copy or download it again."
         ) from None
-    except (UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # no UTF-8, numbers of thousands of digits, endless nesting
         raise InputError(f"{what}: {path} cannot be read: {error}.\nCopy or download it again.") from None
     if not isinstance(content, dict):
         raise InputError(f"{what}: {path} holds a {type(content).__name__}, not a JSON object.\nDownload it again.")

@@ -19,6 +19,7 @@ KINDS = (  # what a reason says -> what kind of fault that is; the first that fi
     ("leads out of the images folder", "image outside its folder"),
     ("is no file: download", "image is an address"),
     ("names no folder", "no images folder"),
+    ("is no text: half", "missing image"),
     ("than images:", "<image> and images do not match"),
     ("image tokens", "<image> and images do not match"),
     ("stands in the", "<image> in an answer"),

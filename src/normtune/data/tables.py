@@ -121,8 +121,10 @@ def _rows(path: Path, files: list[Path]) -> Iterator[dict[str, Any]]:
                 for batch in batches:
                     for row in batch.select(columns).to_pylist():
                         yield {name: _turns(value) for name, value in row.items() if value is not None}
-        except pyarrow.ArrowException as error:
-            reason = str(error).splitlines()[0][:200]
+        except InputError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # text that is no UTF-8, dates
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise InputError(f"{file}: it cannot be read as a table: {reason}") from error
 
 
