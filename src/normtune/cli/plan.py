@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
+from normtune.cli.plan_adapters import plan_adapters
 from normtune.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def plan(
     gpu_memory: Annotated[str | None, typer.Option(help="Find the largest micro-batch for it, e.g. 24GB.")] = None,
     rate: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s reached, for an estimate of time.")] = None,
     parameters: Annotated[bool, typer.Option("--parameters", help="Count what trains, and plan nothing.")] = False,
+    adapters: Annotated[int | None, typer.Option(min=1, help="Memory of a bank of so many; plans nothing.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what a training step would take, before anything is downloaded or rented: peak memory by cause, FLOPs.
@@ -67,13 +69,16 @@ def plan(
         refuse({"--vision": vision, "--connector": connector}, "the recipe names the whole model; change it there")
     elif vision is None:
         refuse({"--connector": connector}, "without --vision there is none")
-    if parameters:
-        refuse({**size, **more}, "--parameters plans no step; leave it out, or these")
+    if parameters or adapters:
+        which = "--parameters" if parameters else "--adapters"
+        refuse({**size, **more}, f"{which} plans no step; leave it out, or these")
     names = names_of(strategy if compare is None else compare)
     memory = None if gpu_memory is None else parse_memory(gpu_memory)
     asked = Asked(names, compare == "all", batch, length, supervised, dtype, lora_rank)
     own, build = model_of(recipe, llm, vision, connector or "mlp")
-    if parameters:
+    if adapters:
+        plan_adapters(build(), adapters, json)
+    elif parameters:
         count_parameters(build(), own, asked, json)
     else:
         plan_steps(own, build, asked, memory, rate, json)

@@ -159,6 +159,9 @@ class Recipe(Node):
     stages: Annotated[list[Stage], Field(min_length=1)]
     evaluate: Evaluation | None = None
     compare: Comparison = Field(Comparison(), description="rates for a comparison of strategies")
+    gate: Literal["none", "image"] = Field(
+        "none", description="image: banks, serve and chat run requests without an image on the base"
+    )
     start_from: str | None = Field(None, description="a finished run whose stage 1 (the first stage) is reused")
     device: str = Field("auto", description="auto, cpu, cuda, mps")
     threads: PositiveInt | None = Field(None, description="CPU threads (default: torch's own choice)")

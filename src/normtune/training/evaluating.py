@@ -23,7 +23,8 @@ Evaluate = Callable[[Any, Any], dict[str, float]]
 
 def base_facts(recipe: Recipe) -> dict[str, Any]:
     """What an adapter's record says of the base and the recipe."""
-    return {"base": {"model": recipe.model.model_dump(), "seed": recipe.seed}, "recipe": recipe_hash(recipe)}
+    base = {"model": recipe.model.model_dump(), "seed": recipe.seed}
+    return {"base": base, "recipe": recipe_hash(recipe), "gate": recipe.gate}
 
 
 def evaluate_if_due(loop: Loop, stage: Stage, step: int, total: int, overall: int) -> None:
