@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -181,8 +181,8 @@ class Engine:
 
     def stream(
         self, turns: Sequence[Turn], images: Sequence[Image.Image], adapter: str | None, sampling: Sampling
-    ) -> Iterator[Piece]:
-        """The pieces of an answer as they come; closing the iterator cancels it. Raises as `prepare` and `submit`."""
+    ) -> Generator[Piece]:
+        """The pieces of an answer as they come; closing the generator cancels it. Raises as `prepare` and `submit`."""
         prompt, pieces = self.prepare(turns, images, adapter), SimpleQueue[Piece]()
         job = self.submit(prompt, sampling, pieces.put)
         return _pieces(job, pieces)
@@ -243,7 +243,7 @@ def positions(model: Any) -> int | None:
     return found or getattr(config, "max_position_embeddings", None)
 
 
-def _pieces(job: Job, pieces: SimpleQueue[Piece]) -> Iterator[Piece]:
+def _pieces(job: Job, pieces: SimpleQueue[Piece]) -> Generator[Piece]:
     try:
         while True:
             piece = pieces.get()

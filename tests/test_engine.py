@@ -1,0 +1,603 @@
+"""The serving engine: whatever comes when, each request gets the answer that its adapter gives alone."""
+
+from __future__ import annotations
+
+import gc
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers import models as token_models
+from transformers import PreTrainedTokenizerFast
+
+import normtune as nt
+from asked import picture
+from models import tiny_mllm, tiny_tokenizer
+from normtune.bank import bank
+from normtune.chat import Turn
+from normtune.errors import InputError
+from normtune.evaluation import answer
+from normtune.serving import Closed, Engine, Job, Piece, QueueFull, Sampling, open_base
+from normtune.serving.sampling import Sampler, choose
+from normtune.serving.text import Text
+from normtune.strategy import tuning
+
+PICTURES = [picture(number) for number in range(5)]
+
+
+@dataclass
+class Told:
+    """What an owner was told."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, piece: Piece) -> None:
+        assert not self.done.is_set(), "a piece after the last"
+        self.pieces.append(piece)
+        if piece.finish is not None:
+            self.done.set()
+
+    def text(self) -> str:
+        assert self.done.wait(60)
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def finish(self) -> str | None:
+        assert self.done.wait(60)
+        return self.pieces[-1].finish
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request: text, number of a picture or None, adapter, length of the answer."""
+
+    text: str
+    image: int | None = None
+    adapter: str | None = None
+    length: int = 12
+
+    @property
+    def turns(self) -> list[Turn]:
+        return [Turn("user", f"<image>\n{self.text}" if self.image is not None else self.text)]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [] if self.image is None else [PICTURES[self.image]]
+
+
+def submit(engine: Engine, ask: Ask, told: Callable[[Piece], None], whole: bool = False, **sampling: Any) -> Job:
+    prompt = engine.prepare(ask.turns, ask.images, ask.adapter)
+    return engine.submit(prompt, Sampling(ask.length, **sampling), told, whole=whole)
+
+
+def asked(engine: Engine, ask: Ask, **sampling: Any) -> str:
+    told = Told()
+    submit(engine, ask, told, **sampling)
+    return told.text()
+
+
+def silence(model: Any, processor: Any) -> None:
+    """The image token and the padding are never sampled, so that greedy answers can be compared."""
+    ids = [processor.image_token_id, processor.tokenizer.pad_token_id]
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, args, out: out.index_fill(-1, torch.tensor(ids), -1e9)
+    )
+
+
+def save_adapters(folder: Path, mllm: Path, whole: str | list[str] = "layernorm") -> dict[str, Path]:
+    """Three adapters with large changes: gains alone, with connector, embedding and head, gated."""
+    made = {}
+    strategies: dict[str, Any] = {"gains": "layernorm-simple", "whole": whole, "gated": "layernorm-simple"}
+    for seed, (name, strategy) in enumerate(strategies.items()):
+        model, _ = nt.load(str(mllm))
+        nt.apply(model, strategy)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.data += (0.5 if parameter.ndim == 1 else 0.05) * noise
+        facts = {"gate": "image"} if name == "gated" else {}
+        made[name] = nt.save_adapter(model, folder / name, **facts)
+    return made
+
+
+class Reference:
+    """`evaluation.answer` on a model of its own, with the adapter loaded."""
+
+    def __init__(self, mllm: Path, adapters: dict[str, Path]) -> None:
+        self.model, self.processor = nt.load(str(mllm))
+        silence(self.model, self.processor)
+        for name, folder in adapters.items():
+            nt.load_adapter(self.model, folder, name)
+
+    def __call__(self, ask: Ask) -> str:
+        gated = ask.adapter == "gated" and ask.image is None
+        nt.set_adapter(self.model, None if gated else ask.adapter)
+        return answer(self.model, self.processor, [(ask.turns, ask.images)], ask.length)[0]
+
+
+@pytest.fixture(scope="module")
+def adapters(mllm_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_adapters(tmp_path_factory.mktemp("adapters"), mllm_folder)
+
+
+@pytest.fixture(scope="module")
+def reference(mllm_folder: Path, adapters: dict[str, Path]) -> Reference:
+    return Reference(mllm_folder, adapters)
+
+
+@pytest.fixture(scope="module")
+def pair(mllm_folder: Path, adapters: dict[str, Path]) -> Any:
+    model, processor = nt.load(str(mllm_folder))
+    return SimpleNamespace(bank=bank(model, adapters), processor=processor, model=model)
+
+
+@pytest.fixture
+def make(pair: Any) -> Iterator[Callable[..., Engine]]:
+    """Engines on the one bank, one at a time."""
+    made: list[Engine] = []
+
+    def build(**options: Any) -> Engine:
+        made.append(Engine(pair.bank, pair.processor, **options))
+        return made[-1]
+
+    yield build
+    for engine in made:
+        engine.close(drain=False)
+
+
+def mixed(count: int, seed: int = 0) -> list[Ask]:
+    chance = random.Random(seed)
+    return [
+        Ask(
+            f"Is thing {number} there" + " now" * chance.randrange(12) + "?",
+            chance.choice([None, *range(len(PICTURES))]),
+            chance.choice([None, "gains", "whole", "gated"]),
+            chance.randint(1, 14),
+        )
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("options", "count"), [({"slots": 4}, 48), ({"slots": 16}, 48), ({"batching": False}, 8)])
+def test_mixed_requests_that_come_at_any_time(
+    make: Callable[..., Engine], reference: Reference, options: dict[str, Any], count: int
+) -> None:
+    engine, chance = make(**options), random.Random(1)
+    asks, told = mixed(count), [Told() for _ in range(count)]
+    assert engine.joins
+    jobs: dict[int, Job] = {}
+
+    def client(numbers: Sequence[int]) -> None:
+        for number in numbers:
+            time.sleep(chance.random() * 0.01)
+            jobs[number] = submit(engine, asks[number], told[number])
+
+    with engine:
+        clients = [threading.Thread(target=client, args=(range(start, count, 3),)) for start in range(3)]
+        for thread in clients:
+            thread.start()
+        for thread in clients:
+            thread.join()
+        texts = [one.text() for one in told]
+    for number, ask in enumerate(asks):
+        assert texts[number].strip() == reference(ask), ask
+        last = told[number].pieces[-1]
+        assert last.finish in ("stop", "length") and last.tokens <= ask.length
+        assert (last.tokens == ask.length) or last.finish == "stop"
+    assert len(set(texts)) > count // 2  # the answers tell the requests apart
+    stats = engine.stats
+    assert (stats.running, stats.waiting, stats.admitted, stats.finished) == (0, 0, count, count)
+    assert stats.tokens == sum(one.pieces[-1].tokens for one in told)
+    shown = [ask.image for ask in asks if ask.image is not None]
+    assert stats.images_encoded == len(set(shown)) and stats.image_cache_hits <= len(shown) - len(set(shown))
+
+
+def test_a_conversation_with_several_images(make: Callable[..., Engine], reference: Reference) -> None:
+    turns = [
+        Turn("system", "Be brief."),
+        Turn("user", "<image>What?"),
+        Turn("assistant", "A cat."),
+        Turn("user", "And <image>?"),
+    ]
+    nt.set_adapter(reference.model, "whole")
+    expected = answer(reference.model, reference.processor, [(turns, PICTURES[:2])], 9)[0]
+    with make() as engine:
+        pieces = list(engine.stream(turns, PICTURES[:2], "whole", Sampling(9)))
+    assert "".join(piece.text for piece in pieces).strip() == expected
+    assert [piece.tokens for piece in pieces] == sorted(piece.tokens for piece in pieces)
+
+
+def test_steps_are_shared(make: Callable[..., Engine]) -> None:
+    """Eight answers of twelve tokens take the steps of one, and no more."""
+    engine = make(slots=8)
+    told = [Told() for _ in range(8)]
+    for number, one in enumerate(told):
+        submit(engine, Ask(f"Say {number}", length=12), one)
+    with engine:
+        longest = max(one.text() and one.pieces[-1].tokens for one in told)
+    assert engine.stats.steps <= longest
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.5}])
+def test_sampling_depends_on_the_seed_alone(make: Callable[..., Engine], settings: dict[str, float]) -> None:
+    ask = Ask("What is it", 0, "gains")
+    with make(slots=6) as engine:
+        alone = [asked(engine, ask, seed=seed, **settings) for seed in range(4)]
+        told = [Told() for _ in range(4)]
+        company = [Told() for _ in range(20)]
+        for number, one in enumerate(company):
+            submit(engine, mixed(20, 3)[number], one, temperature=2.0 if number % 2 else 0.0)
+            if number % 5 == 0:
+                submit(engine, ask, told[number // 5], seed=number // 5, **settings)
+        assert [one.text() for one in told] == alone
+        assert len(set(alone)) > 1 and asked(engine, ask, **settings) != asked(engine, ask, **settings)
+
+
+def test_draws_have_the_probabilities_of_the_logits() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -5.0])
+    sampler = Sampler(Sampling(temperature=0.7, top_p=0.95, seed=1))
+    counts = torch.bincount(torch.tensor([sampler.draw(logits) for _ in range(4000)]), minlength=5) / 4000
+    shares = (logits / 0.7).softmax(-1)
+    kept = shares * torch.tensor([1, 1, 1, 0, 0])  # 0.76 + 0.18 < 0.95, so that the third is the last
+    assert torch.allclose(counts, kept / kept.sum(), atol=0.03)
+
+
+def test_what_stands_for_an_image_is_never_chosen() -> None:
+    logits = torch.tensor([[0.0, 9.0, 1.0], [0.0, float("nan"), 0.0]])
+    tokens = choose(logits, [None, Sampler(Sampling(temperature=1.0, seed=0))], torch.tensor([1]))
+    assert tokens[0] == 2 and tokens[1] in (0, 2)
+    (wrong,) = choose(torch.full((1, 3), float("nan")), [Sampler(Sampling(temperature=1.0))], torch.tensor([1]))
+    assert isinstance(wrong, RuntimeError)
+
+
+def metaspace() -> PreTrainedTokenizerFast:
+    """As Llama 2's: words begin with a mark, what is unknown falls back to bytes."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "▁cat", "s", "▁", "b", "c"]
+    backend = Tokenizer(
+        token_models.BPE({piece: n for n, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("build", [tiny_tokenizer, metaspace])
+def test_text_as_it_comes_is_the_text_of_all_tokens(build: Callable[[], Any]) -> None:
+    tokenizer, chance = build(), random.Random(0)
+    written = tokenizer("a cat, größer: 日本 🙂🙂 ok", add_special_tokens=False).input_ids
+    noise = [[chance.randrange(len(tokenizer)) for _ in range(20)] for _ in range(50)]
+    if build is metaspace:  # one wrong byte makes replacement characters of the good ones before it, shown by then
+        noise = [[token for token in ids if token not in range(2, 258)] for ids in noise]
+    for ids in (written, *noise):
+        text = Text(tokenizer)
+        pieces = [text.add(token) for token in ids]
+        assert "".join(pieces) + text.end() == tokenizer.decode(ids, skip_special_tokens=True)
+        if ids is written:
+            assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+            assert sum(bool(piece) for piece in pieces) > 5
+
+
+STOPS = [
+    (" big",),
+    ("s left", "zz"),
+    ("squares",),
+    ("circle is", "red c"),
+    ("square.", "g blue"),
+    ("square.!",),
+    ("T",),
+]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_stop_strings_are_never_shown(stop: tuple[str, ...]) -> None:
+    tokenizer = tiny_tokenizer()
+    whole = "The small red circle is left of the big blue square."
+    places = [whole.index(one) for one in stop if one in whole]
+    shown = whole[: min(places)] if places else whole
+    text, told, ids = Text(tokenizer, stop), "", tokenizer(whole, add_special_tokens=False).input_ids
+    assert len(ids) > 8
+    for token in ids:
+        told += text.add(token)
+        assert shown.startswith(told)
+        if text.stopped:
+            break
+    assert told + text.end() == shown and text.stopped == bool(places)
+
+
+def test_stop_strings_end_an_answer(make: Callable[..., Engine], reference: Reference) -> None:
+    ask = Ask("Describe the image", 1, "whole", 14)
+    with make() as engine:
+        whole = asked(engine, ask)
+        middle = whole[len(whole) // 2 : len(whole) // 2 + 3]
+        for told in (one := Told(), all_at_once := Told()):
+            submit(engine, ask, told, whole=told is all_at_once, stop=(middle, "nowhere"))
+        assert one.text() == all_at_once.text() == whole[: whole.index(middle)] and one.finish == "stop"
+        assert len(all_at_once.pieces) == 1 and all_at_once.pieces[0].tokens == one.pieces[-1].tokens
+
+
+def test_cancelling(make: Callable[..., Engine], reference: Reference) -> None:
+    engine = make(slots=1)
+    first, second, third = Told(), Told(), Told()
+    running = submit(engine, Ask("One", length=300), lambda piece: (first(piece), running.cancel())[0])
+    waiting = submit(engine, Ask("Two"), second)
+    submit(engine, Ask("Three", 2), third)
+    waiting.cancel()
+    with engine:
+        assert first.finish == second.finish == "cancelled" and second.text() == ""
+        assert 1 <= first.pieces[-1].tokens <= 3
+        assert third.text().strip() == reference(Ask("Three", 2))
+        for piece in (stream := engine.stream([Turn("user", "Four")], [], None, Sampling(300))):
+            assert piece.finish is None
+            break
+        stream.close()
+        while engine.stats.running or engine.stats.waiting:
+            time.sleep(0.001)
+    assert engine.stats.finished == 4 and engine.stats.tokens < 50
+
+
+def test_a_full_queue_and_wrong_requests(make: Callable[..., Engine], pair: Any) -> None:
+    engine = make(max_queue=2, max_context=40)
+    told = [Told(), Told()]
+    for one in told:
+        submit(engine, Ask("Hi", length=4), one)
+    with pytest.raises(QueueFull, match="2 requests"):
+        submit(engine, Ask("Hi"), Told())
+    with pytest.raises(InputError, match="did you mean 'gains'"):
+        engine.prepare([Turn("user", "Hi")], [], "gain")
+    with pytest.raises(InputError, match="image"):
+        engine.prepare([Turn("user", "Hi")], PICTURES[:1], None)
+    with pytest.raises(InputError, match="context"):
+        engine.prepare([Turn("user", "Hi " * 60)], [], None)
+    prompt = engine.prepare([Turn("user", "Hi")], [], None)
+    with pytest.raises(InputError, match="context"):
+        engine.submit(prompt, Sampling(40), Told())
+    with engine:
+        assert [one.finish for one in told] == ["length", "length"] or [one.text() for one in told]
+        longest = Told()
+        engine.submit(prompt, Sampling(40 - prompt.tokens), longest)
+        assert longest.finish in ("length", "stop")
+    with pytest.raises(Closed):
+        submit(engine, Ask("Hi"), Told())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0},
+              {"top_p": 1.1}, {"seed": 2**63}, {"stop": ("",)}, {"stop": "no"}],
+)  # fmt: skip
+def test_wrong_sampling(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+@pytest.mark.parametrize("way", ["drain", "drop", "timeout", "never started"])
+def test_closing(make: Callable[..., Engine], way: str) -> None:
+    engine = make(slots=2)
+    told = [Told() for _ in range(5)]
+    for number, one in enumerate(told):
+        submit(engine, Ask(f"Say {number}", length=5 if way == "drain" else 400), one)
+    if way != "never started":
+        engine.start()
+    engine.close(drain=way != "drop", timeout=0.05 if way == "timeout" else None)
+    finishes = {one.finish for one in told}
+    assert finishes <= {"length", "stop"} if way == "drain" else finishes == {"cancelled"}
+    assert engine.stats.finished in (5, 0) and engine.stats.running == engine.stats.waiting == 0
+    assert not engine._thread or not engine._thread.is_alive()
+    engine.close()
+
+
+@pytest.mark.parametrize("when", ["prefill", "decode", "always"])
+def test_a_forward_that_raises_ends_one_request(
+    make: Callable[..., Engine], pair: Any, reference: Reference, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, forward = make(slots=4), pair.model.forward
+    asks = [
+        Ask(f"Is thing {number} there" + " now" * (8 * (number == 2)) + "?", number % 3, "gains", 8)
+        for number in range(6)
+    ]
+    expected = [reference(ask) for ask in asks]
+    bad = engine.prepare(asks[2].turns, asks[2].images, asks[2].adapter).ids
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        wide = ids.shape[1] > 1
+        own = when == "prefill" and wide and any(row[-len(bad) :].tolist() == bad for row in ids)
+        if when == "always" or own:
+            raise RuntimeError("out of something")
+        if when == "decode" and not wide and len(bad) + 3 in mask.sum(1).tolist():  # no other row gets that long
+            raise RuntimeError("out of something")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(pair.model, "forward", broken)
+    with engine:
+        told = [Told() for _ in asks]
+        for ask, one in zip(asks, told, strict=True):
+            submit(engine, ask, one)
+        finishes = [one.finish for one in told]
+        monkeypatch.undo()
+        assert asked(engine, asks[2]).strip() == expected[2]  # the engine lives
+    for number, one in enumerate(told):
+        if when == "always" or (number == 2 and finishes[2] == "error"):
+            assert one.finish == "error" and one.pieces[-1].error == "RuntimeError: out of something"
+        else:
+            assert one.text().strip() == expected[number]
+    assert "error" in finishes
+
+
+def test_an_owner_that_raises_is_left_alone(make: Callable[..., Engine], reference: Reference) -> None:
+    def gone(piece: Piece) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    with make() as engine:
+        submit(engine, Ask("One", length=300), gone)
+        assert asked(engine, Ask("Two")).strip() == reference(Ask("Two"))
+        while engine.stats.running:
+            time.sleep(0.001)
+        assert engine.stats.tokens < 100
+
+
+def test_adapters_come_and_go_while_rows_decode(
+    make: Callable[..., Engine], pair: Any, adapters: dict[str, Path], reference: Reference
+) -> None:
+    ask = Ask("What is it?", 1, "later", 14)
+    pair.bank.add("later", adapters["gains"])
+    with make() as engine:
+        prompt = engine.prepare(ask.turns, ask.images, "later")
+        pair.bank.add("later", adapters["whole"], replace=True)
+        new = engine.prepare(ask.turns, ask.images, "later")
+        pair.bank.remove("later")
+        told = [Told(), Told()]
+        for one, given in zip(told, (prompt, new), strict=True):
+            engine.submit(given, Sampling(14), one)
+        for one, name in zip(told, ("gains", "whole"), strict=True):
+            assert one.text().strip() == reference(Ask("What is it?", 1, name, 14))
+
+
+def tensors() -> int:
+    gc.collect()
+    return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+
+@pytest.mark.heavy
+def test_nothing_is_left_of_what_is_finished(make: Callable[..., Engine]) -> None:
+    with make(slots=4, image_cache_bytes=3 * 16 * 32 * 4) as engine:
+        held = []
+        for round_ in range(4):
+            told = [Told() for _ in range(30)]
+            for ask, one in zip(mixed(30, round_), told, strict=True):
+                submit(engine, ask, one, temperature=float(ask.length % 2))
+            assert all(one.finish for one in told)
+            while engine.stats.running:
+                time.sleep(0.001)
+            del told, one, ask
+            pair_selections = engine.bank._selections
+            pair_selections.clear()  # the bank keeps the last few compositions
+            held.append(tensors())
+    assert held[-1] <= held[1], held
+    assert engine.prompts.vision is not None and engine.prompts.vision._bytes <= 3 * 16 * 32 * 4
+    assert engine.stats.images_encoded > len(PICTURES)  # a small cache forgets
+
+
+def sliding(folder: Path) -> None:
+    tiny_mllm(folder, kind="mistral", sliding_window=8)
+
+
+def learned(folder: Path) -> None:
+    tiny_mllm(folder, kind="gpt2")
+
+
+def qwen2_vl(folder: Path) -> None:
+    from test_evaluation_models import qwen2_vl as build
+
+    build(folder)
+
+
+def llava_next(folder: Path) -> None:
+    from test_evaluation_models import llava_next as build
+
+    build(folder)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("build", "joins"), [(sliding, False), (learned, None), (qwen2_vl, False), (llava_next, False)]
+)
+def test_other_models(build: Callable[[Path], None], joins: bool | None, tmp_path: Path) -> None:
+    """Rows that cannot join a batch wait for one another; the answers are the same."""
+    build(tmp_path / "model")
+    own = ["norms", "embed", "head"] if build is llava_next else "layernorm"  # its newline cannot differ by row
+    adapters = save_adapters(tmp_path, tmp_path / "model", own)
+    reference = Reference(tmp_path / "model", adapters)
+    model, processor = nt.load(str(tmp_path / "model"))
+    asks = [
+        Ask(f"Is thing {n} there" + " now" * n + "?", n % 3 or None, (None, "gains", "whole", "gated")[n % 4], 3 + n)
+        for n in range(9)
+    ]
+    with bank(model, adapters) as held, Engine(held, processor, slots=5) as engine:
+        assert joins is None or engine.joins == joins
+        told = [Told() for _ in asks]
+        for ask, one in zip(asks, told, strict=True):
+            submit(engine, ask, one)
+        for ask, one in zip(asks, told, strict=True):
+            assert one.text().strip() == reference(ask), ask
+        seeded = [asked(engine, asks[1], temperature=1.0, seed=3) for _ in range(2)]
+        assert seeded[0] == seeded[1]
+        whole = asked(engine, asks[8])
+        assert asked(engine, asks[8], stop=(whole[4:6],)) == whole[: whole.index(whole[4:6])]
+        late = Told()
+        job = submit(engine, Ask("One", length=400), lambda piece: (late(piece), job.cancel())[0])
+        assert late.finish == "cancelled" and late.pieces[-1].tokens < 10
+
+
+def test_a_batch_that_waits_survives_a_forward_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sliding(tmp_path / "model")
+    model, processor = nt.load(str(tmp_path / "model"))
+    asks = [Ask(f"Is thing {n} there?", n, length=8) for n in range(3)]
+    with bank(model) as held, Engine(held, processor) as engine:
+        expected = [(asked(engine, ask), asked(engine, ask, temperature=1.0, seed=1)) for ask in asks]
+        assert not engine.joins
+        forward, calls = model.forward, []
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            calls.append(len(kwargs["input_ids"]))
+            if len(calls) == 4:
+                raise RuntimeError("out of something")
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", broken)
+        told = [Told() for _ in range(6)]
+        for number, one in enumerate(told):
+            submit(engine, asks[number // 2], one, temperature=float(number % 2), seed=1)
+        assert [(a.text(), b.text()) for a, b in zip(told[::2], told[1::2], strict=True)] == expected
+        assert len(calls) > 10
+
+
+def test_numbers_that_are_not_finite_stay_in_their_row(
+    pair: Any, make: Callable[..., Engine], reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row whose keys are NaN leaves, and another one takes its slot."""
+    engine = make(slots=2)
+    slots: Any = engine._runner.slots  # type: ignore[union-attr]
+    real = slots.join
+
+    def poisoned(*args: Any) -> None:
+        real(*args)
+        for layer in slots._cache.layers:
+            layer.values[len(slots) - 1] = float("nan")
+
+    with engine:
+        monkeypatch.setattr(slots, "join", poisoned)
+        asked(engine, Ask("One", length=6))
+        keep = Told()
+        submit(engine, Ask("Two", length=30), keep)
+        monkeypatch.setattr(slots, "join", real)
+        assert asked(engine, Ask("Three", 2, "whole")).strip() == reference(Ask("Three", 2, "whole"))
+        keep.text()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_open_base(tmp_path: Path, mllm_folder: Path, adapters: dict[str, Path], dtype: str) -> None:
+    model, _ = nt.load(str(mllm_folder))
+    nt.load_adapter(model, adapters["whole"])
+    record = {"base": {"model": {"path": str(mllm_folder), "dtype": dtype}, "seed": 0}}
+    run = nt.save_adapter(model, tmp_path / "run" / "adapter", **record)
+    plain, _ = nt.load(str(mllm_folder), dtype=dtype)
+    for path, names in ((mllm_folder, []), (run, ["run"])):
+        tuned, found = open_base(path, dtype=dtype if path == mllm_folder else None)
+        assert [name for name, _ in found] == names and tuning(tuned.model).tuned == []
+        for (name, ours), theirs in zip(tuned.model.named_parameters(), plain.parameters(), strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+        with bank(tuned.model, dict(found)) as held:
+            assert held.names == names
