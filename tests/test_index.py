@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,6 +217,22 @@ def test_second_start_reads_nothing(two: DataSource, indexed: None, monkeypatch:
     assert built(monkeypatch, two.model_copy(update={"images": str(Path(two.images or "") / ".")})) is False
     elsewhere = two.model_copy(update={"kind": "other"})
     assert not built(monkeypatch, elsewhere) and {s.kind for s in read_samples(elsewhere)} == {"other"}
+
+
+def test_content_is_that_of_the_files(
+    folder: Path, two: DataSource, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same from memory, from a new index and from an old one, which does not read the file again."""
+    small = Mixture([two]).content
+    monkeypatch.setattr(index, "LARGE", 0)
+    assert Mixture([two]).content == small
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "file_hash", None)
+        assert Mixture([two]).content == small
+    copied = shutil.copy(two.path, folder / "y.json")
+    assert Mixture([two.model_copy(update={"path": str(copied)})]).content == small != Mixture([two, two]).content
+    Path(two.path).write_text(Path(two.path).read_text().replace('"B"', '"C"'))
+    assert Mixture([two]).content != small
 
 
 def test_an_index_serves_from_any_folder(

@@ -346,10 +346,19 @@ def test_a_checkpoint_of_other_stages_or_data_is_refused(
     shutil.copytree(toys, tmp_path / "data")
     text = (folder / "recipe.yaml").read_text().replace(str(toys), str(tmp_path / "data"))
     (folder / "recipe.yaml").write_text(text)
-    samples = json.loads((toys / "data.json").read_text())
-    (tmp_path / "data" / "data.json").write_text(json.dumps(samples[:-1]))
+    data = tmp_path / "data" / "data.json"
+    samples = json.loads(data.read_text())
+    data.write_text(json.dumps(samples[:-1]))
     with pytest.raises(InputError, match="24 samples then, 23 now"):
         train(folder / "recipe.yaml", out=folder, resume=True, quiet=True)
+    data.write_text(json.dumps(samples[::-1]))
+    with pytest.raises(InputError, match=r"has changed since .*: as many samples, but others\n"):
+        train(folder / "recipe.yaml", out=folder, resume=True, quiet=True)
+    shutil.copytree(folder, tmp_path / "forced")
+    train(folder / "recipe.yaml", out=tmp_path / "forced", resume=True, force=True, quiet=True)
+    shutil.copyfile(toys / "data.json", data)  # another place and time, the same content
+    train(folder / "recipe.yaml", out=folder, resume=True, quiet=True)
+    assert_same(adapter(folder), adapter(done))
 
 
 def test_finished_run_and_run_that_is_there(

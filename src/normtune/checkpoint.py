@@ -49,6 +49,7 @@ class Position:
     lora: dict[str, Any] | None = None
     total: int | None = None  # steps of the stage, over which its schedule runs
     samples: int | None = None  # of the stage's data
+    data: str | None = None  # `Mixture.content` of it
     processes: int | None = None
     tracker: str | None = None  # id under which an outside tracker knows the run
 

@@ -29,10 +29,10 @@ from normtune.data.tables import convert, is_table
 from normtune.errors import InputError, JobError
 from normtune.progress import Bar, say
 from normtune.recipe import DataSource
-from normtune.runlog import cache_folder, write_bytes
+from normtune.runlog import cache_folder, file_hash, write_bytes
 
 LARGE = 20_000_000  # bytes of a file from which on its samples are not held in memory
-FORMAT = 1  # of an index: a new one leaves older ones alone
+FORMAT = 2  # of an index: a new one leaves older ones alone
 _ENDS = 1 << 16  # bytes at the beginning and at the end of a file that tell it from another
 _EVERY = 4096  # samples between two looks at the progress
 
@@ -79,6 +79,18 @@ def has_images(samples: Sequence[Sample]) -> bool:
     return samples.has_images if isinstance(samples, Indexed) else any(sample.images for sample in samples)
 
 
+def content_of(source: DataSource, samples: Sequence[Sample]) -> str:
+    """SHA-256 of the file that `read_samples` gave these of (of a table its rows as JSON lines): whatever its time and
+    place. A large file is not read again for it."""
+    if isinstance(samples, Indexed):
+        return samples.content
+    file = _form(source)[1]
+    try:
+        return file_hash(file)
+    except OSError as error:
+        raise InputError(f"data file {file} cannot be read any more: {error.strerror}") from error
+
+
 class Indexed(Sequence[Sample]):
     """The samples of a large file: places [n, 3] int64 (first byte, bytes, number of the entry), parsed when asked for.
 
@@ -86,8 +98,8 @@ class Indexed(Sequence[Sample]):
         JobError: on access, where the file was changed in place.
     """
 
-    def __init__(self, form: Form, file: Path, places: np.ndarray, has_images: bool) -> None:
-        self.form, self.has_images = form, has_images
+    def __init__(self, form: Form, file: Path, places: np.ndarray, has_images: bool, content: str) -> None:
+        self.form, self.has_images, self.content = form, has_images, content
         self._places = places
         self._file = os.open(file, os.O_RDONLY)  # stays readable where the file is replaced or removed
         weakref.finalize(self, os.close, self._file)
@@ -151,9 +163,11 @@ def _size(file: Path) -> int:
 
 @dataclass
 class _Index:
-    """`first_image` is the first sample with an image. `bad` entries: how many samples stand before, where, why."""
+    """`content`: SHA-256 of the whole file. `first_image`: the first sample with an image. `bad` entries: how many
+    samples stand before, where, why."""
 
     places: np.ndarray
+    content: str
     first_image: int | None = None
     bad: list[tuple[int, str, str]] = field(default_factory=list)
 
@@ -173,7 +187,8 @@ def _indexed(form: Form, file: Path, limit: int | None, on_bad: OnBad | None) ->
         for _, where, why in index.bad:
             on_bad(f"{form.path}{where}", why)
     places = index.places[:limit]
-    return Indexed(form, file, places, index.first_image is not None and index.first_image < len(places))
+    has_images = index.first_image is not None and index.first_image < len(places)
+    return Indexed(form, file, places, has_images, index.content)
 
 
 def _facts(form: Form, file: Path) -> dict[str, Any]:
@@ -214,7 +229,7 @@ def _load(target: Path, facts: dict[str, Any], limit: int | None, skips: bool) -
         if target.stat().st_size != start + 24 * count:
             return None
         places = np.memmap(target, np.int64, "r", start, (count, 3))
-        return _Index(places, header["first_image"], bad)
+        return _Index(places, str(header["content"]), header["first_image"], bad)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -244,11 +259,13 @@ def _build(
             if count == limit:
                 complete = False
                 break
+    content = file_hash(file)
     if _facts(form, file) != facts:
         raise JobError(f"{form.path}: it changed while it was read; start again when it is complete")
-    index = _Index(np.frombuffer(places, np.int64).reshape(-1, 3), first_image, bad)
+    index = _Index(np.frombuffer(places, np.int64).reshape(-1, 3), content, first_image, bad)
     times = {os.path.abspath(name): time for name, time in folders.items()}
-    header = facts | {"count": count, "complete": complete, "folders": times, "first_image": first_image, "bad": bad}
+    header = facts | {"content": content, "count": count, "complete": complete, "folders": times}
+    header |= {"first_image": first_image, "bad": bad}
     if not count:
         return index
     try:

@@ -5,6 +5,7 @@ Scope: weights of files, order. Non-scope: reading them (index.py), batches (bat
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import overload
 
 import numpy as np
 
-from normtune.data.index import has_images, read_samples
+from normtune.data.index import content_of, has_images, read_samples
 from normtune.data.samples import Sample
 from normtune.data.skipping import OnBad
 from normtune.errors import InputError
@@ -25,11 +26,16 @@ class Mixture(Sequence[Sample]):
     A file of n samples with weight w contributes round(w * n) of them to each epoch: all of them as often as that
     goes, and for the rest a subset that is drawn anew for each epoch. InputError as in `read_samples`, and for a
     weight that leaves nothing of a file; `on_bad` as there.
+
+    Attributes:
+        has_images: whether a sample has any.
+        content: tells the files' content from any other, wherever they lie; what images show is no part of it.
     """
 
     def __init__(self, sources: Sequence[DataSource], on_bad: OnBad | None = None) -> None:
         self._files: list[Sequence[Sample]] = []
         self._parts: list[tuple[int, int, int]] = []  # first index, samples, samples per epoch
+        content = hashlib.sha256()
         for source in sources:
             samples = read_samples(source, on_bad)
             wanted = round(source.weight * len(samples))
@@ -37,7 +43,9 @@ class Mixture(Sequence[Sample]):
                 raise InputError(f"{source.path}: weight {source.weight:g} of {len(samples)} samples leaves none")
             self._parts.append((len(self), len(samples), wanted))
             self._files.append(samples)
+            content.update(content_of(source, samples).encode())
         self.has_images = any(map(has_images, self._files))
+        self.content = content.hexdigest()
         self._last: tuple[tuple[int, int], list[int]] | None = None
 
     def __len__(self) -> int:

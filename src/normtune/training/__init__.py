@@ -57,7 +57,7 @@ def train(
 
     Args:
         resume: go on from the last checkpoint that is whole; start over where there is none, return a finished run.
-        force: resume although the recipe or the number of samples has changed.
+        force: resume although the recipe or the data has changed.
         evaluate: what stages with `evaluate_every` call: (model, processor) -> scores by name (see
             `normtune.evaluation.during.during_training`).
         overrides: recipe keys by dotted name, e.g. `seed=1`, `**{"stages.1.learning_rate": 1e-4}`.

@@ -209,6 +209,7 @@ def position_of(loop: Loop, index: int, step: int) -> Position:
         lora=tuning(loop.model).lora,
         total=total,
         samples=len(mixture),
+        data=mixture.content,
         processes=loop.accelerator.num_processes,
         tracker=loop.tracker,
     )

@@ -61,11 +61,14 @@ def check_fits(loop: Loop, position: Position, path: Path, force: bool) -> None:
             f"{path} is of stage {position.name}, number {position.stage + 1}; the recipe has {', '.join(names)}\n"
             "Resume with the stages that the run was started with, or train into another folder (--out)."
         )
-    now = len(loop.mixtures[position.stage])
-    if not position.finished and position.samples not in (None, now) and not force:
+    mixture = loop.mixtures[position.stage]
+    then, now = position.samples, len(mixture)
+    same = then in (None, now) and position.data in (None, mixture.content)
+    if not position.finished and not same and not force:
+        how = "as many samples, but others" if then == now else f"{then} samples then, {now} now"
         raise InputError(
-            f"the data of stage {position.name} has changed since {path}: {position.samples} samples then, {now} now\n"
-            "Put the files back, train into another folder (--out), or go on in another order of samples (--force)."
+            f"the data of stage {position.name} has changed since {path}: {how}\n"
+            "Put the files back, train into another folder (--out), or go on with what is there now (--force)."
         )
     if position.processes not in (None, loop.accelerator.num_processes):
         loop.say(
