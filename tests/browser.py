@@ -46,15 +46,16 @@ class Opened:
 
 
 @contextmanager
-def opened(browser: Any, path: Path, width: int, scheme: str) -> Iterator[Opened]:
-    """`path` in a window of `width` pixels that prefers the colours of `scheme`."""
+def opened(browser: Any, path: Path | str, width: int, scheme: str) -> Iterator[Opened]:
+    """A file, or an address of a server of ours, in a window of `width` pixels that prefers the colours of `scheme`."""
+    own = path if isinstance(path, str) else path.name
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     found = Opened(context.new_page())
     found.page.on("console", lambda message: found.logged.append(f"console: {message.text}"))
     found.page.on("pageerror", lambda error: found.logged.append(f"error: {error}"))
     found.page.on("request", lambda request: found.asked.append(f"request: {request.url}"))
-    found.page.goto(path.as_uri())
-    found.asked = [line for line in found.asked if path.name not in line and "data:" not in line]
+    found.page.goto(path if isinstance(path, str) else path.as_uri())
+    found.asked = [line for line in found.asked if own not in line and "data:" not in line]
     found.page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
     yield found
     context.close()

@@ -1,0 +1,242 @@
+"""What the page remembers: pictures and turns of each browser tab, and answers as they come, without Gradio.
+
+Scope: conversations by tab, two sides each, with a bound on their memory; asking both sides at once and collecting
+what streams back. Non-scope: how it looks (`ui.py`), decoding (`engine.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normtune.chat import PLACEHOLDER, Turn
+from normtune.errors import InputError
+from normtune.images import opened, to_rgb, upright
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from normtune.serving import Engine, Job, Piece, Prompt, Sampling
+    from normtune.serving.limits import ServerSettings
+
+MAX_BYTES = 2**29  # of pictures in memory, over all tabs: the conversation unused for longest goes first
+MAX_TABS = 1000
+PACE = 0.05  # seconds between two updates of the page
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An uploaded file as it came; an `images.ImageSource`."""
+
+    path: Path
+    data: bytes
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def open(self, mode: str) -> io.BytesIO:
+        return io.BytesIO(self.data)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def pixels(self, limit: int) -> Image:
+        """RGB, the right way up. InputError: no picture, or more than `limit` pixels."""
+        with opened(self, "picture", limit) as file:
+            return to_rgb(upright(file))
+
+
+def read_pictures(paths: Sequence[str], limit: int) -> list[Picture]:
+    """Uploaded files, each decoded once to see that it can be. InputError names what is no picture."""
+    pictures = [Picture(Path(path), Path(path).read_bytes()) for path in paths]
+    for picture in pictures:
+        picture.pixels(limit)
+    return pictures
+
+
+@dataclass
+class Side:
+    """One of the two chats of a tab. A side that joins late sees the pictures with its first question."""
+
+    turns: list[Turn] = field(default_factory=list)
+    seen: int = 0  # so many of the conversation's pictures are in `turns`
+
+
+@dataclass
+class Conversation:
+    pictures: list[Picture] = field(default_factory=list)
+    sides: tuple[Side, Side] = field(default_factory=lambda: (Side(), Side()))
+    jobs: list[Job] = field(default_factory=list)  # what is being answered now
+    busy: bool = False
+
+    def stop(self) -> None:
+        for job in self.jobs:
+            job.cancel()
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(picture.data) for picture in self.pictures)
+
+
+class Conversations:
+    """By tab (Gradio's session hash); what is left out when there are too many begins anew."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES, max_tabs: int = MAX_TABS) -> None:
+        self.max_bytes, self.max_tabs = max_bytes, max_tabs
+        self._tabs: OrderedDict[str, Conversation] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, tab: str) -> Conversation:
+        with self._lock:
+            found = self._tabs.setdefault(tab, Conversation())
+            self._tabs.move_to_end(tab)
+            while len(self._tabs) > self.max_tabs:
+                self._tabs.popitem(last=False)
+            return found
+
+    def trim(self) -> None:
+        """Forgets the conversations unused for longest until the rest is within the bound; keeps the newest."""
+        with self._lock:
+            total = sum(each.bytes for each in self._tabs.values())
+            while total > self.max_bytes and len(self._tabs) > 1:
+                total -= self._tabs.popitem(last=False)[1].bytes
+
+    def forget(self, tab: str) -> None:
+        """Ends what this tab is being answered and everything that it said."""
+        with self._lock:
+            found = self._tabs.pop(tab, None)
+        if found is not None:
+            found.stop()
+
+    def __len__(self) -> int:
+        return len(self._tabs)
+
+
+@dataclass
+class Answer:
+    """One side's answer so far; times are those of `time.monotonic`, s."""
+
+    side: int  # 0 or 1
+    adapter: str | None
+    turns: list[Turn]  # with the question, without the answer
+    began: float = field(default_factory=time.monotonic)
+    first: float = 0.0
+    last: float = 0.0
+    text: str = ""
+    tokens: int = 0
+    finish: str | None = None
+    error: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+        self.text += piece.text
+        self.tokens, self.finish, self.error = piece.tokens, piece.finish, piece.error
+
+    def figures(self) -> str:
+        """`24 tokens, 31.5 tokens/s, first after 0.2 s`: the rate is that of the tokens after the first."""
+        if not self.first:
+            return "waiting"
+        parts = [f"{self.tokens} token{'s' * (self.tokens != 1)}"]
+        if self.tokens > 1 and self.last > self.first:
+            parts.append(f"{(self.tokens - 1) / (self.last - self.first):.1f} tokens/s")
+        parts.append(f"first after {self.first - self.began:.1f} s")
+        ends = {"length": "cut at the longest answer", "cancelled": "stopped", "error": "failed"}
+        return ", ".join([*parts, *([ends[self.finish]] if self.finish in ends else [])])
+
+
+async def ask(
+    engine: Engine,
+    conversation: Conversation,
+    text: str,
+    pictures: Sequence[Picture],
+    adapters: Sequence[str | None],
+    sampling: Sampling,
+    settings: ServerSettings,
+) -> AsyncIterator[list[Answer]]:
+    """Asks one or two adapters at once; yields their answers so far, `PACE` apart, the last time when all have ended.
+
+    A side's question and answer join its turns when it has ended well, or was stopped with something to show.
+
+    Args:
+        pictures: new ones, shown with this question.
+
+    Raises:
+        InputError, JobError: nothing was asked, and the conversation is as before.
+    """
+    if conversation.busy:
+        raise InputError("the last question is still being answered; wait, or stop it")
+    known = [*conversation.pictures, *pictures]
+    if len(known) > settings.max_images:
+        raise InputError(f"a conversation holds {settings.max_images} pictures at most; begin a new one")
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[Answer, Any]]()
+
+    def prepare(number: int, adapter: str | None, images: list[Image]) -> tuple[Answer, Prompt]:
+        side = conversation.sides[number]
+        marks = f"{PLACEHOLDER}\n" * (len(known) - side.seen)
+        turns = [*side.turns, Turn("user", marks + text.replace(PLACEHOLDER, "< image >"))]
+        return Answer(number, adapter, turns), engine.prepare(turns, images, adapter)
+
+    def prepare_all() -> list[tuple[Answer, Prompt]]:
+        images = [picture.pixels(settings.max_pixels) for picture in known]
+        return [prepare(number, adapter, images) for number, adapter in enumerate(adapters)]
+
+    def deliver(answer: Answer, piece: Piece) -> None:
+        with contextlib.suppress(RuntimeError):  # the server has shut down
+            loop.call_soon_threadsafe(queue.put_nowait, (answer, piece))
+
+    answers: list[Answer] = []
+    conversation.busy = True
+    try:
+        both = await asyncio.to_thread(prepare_all)
+        for answer, prompt in both:
+            conversation.jobs.append(engine.submit(prompt, sampling, partial(deliver, answer)))
+        conversation.pictures[:] = known
+        answers = [answer for answer, _ in both]
+        deadline = time.monotonic() + settings.timeout
+        while any(answer.finish is None for answer in answers):
+            yield answers
+            await _collect(queue, deadline)
+            if time.monotonic() >= deadline:
+                _give_up(answers, f"stopped after {settings.timeout:g} s")
+    finally:  # also when the tab is closed
+        conversation.stop()
+        conversation.jobs.clear()
+        conversation.busy = False
+        for answer in answers:
+            _remember(conversation, answer)
+    yield answers
+
+
+async def _collect(queue: asyncio.Queue[tuple[Answer, Piece]], deadline: float) -> None:
+    """Waits for a piece, hands it and those that came with it to their answers, and keeps the page's pace."""
+    with contextlib.suppress(TimeoutError):
+        answer, piece = await asyncio.wait_for(queue.get(), max(0.0, deadline - time.monotonic()))
+        answer.add(piece)
+        while not queue.empty():
+            answer, piece = queue.get_nowait()
+            answer.add(piece)
+        await asyncio.sleep(PACE)
+
+
+def _give_up(answers: Sequence[Answer], why: str) -> None:
+    for answer in answers:
+        if answer.finish is None:
+            answer.finish, answer.error = "cancelled", why
+
+
+def _remember(conversation: Conversation, answer: Answer) -> None:
+    if answer.text and answer.finish in ("stop", "length", "cancelled"):
+        side = conversation.sides[answer.side]
+        side.turns = [*answer.turns, Turn("assistant", answer.text)]
+        side.seen = len(conversation.pictures)
