@@ -34,6 +34,7 @@ from normtune.recipe import load_recipe
 from normtune.sharding import ignore_frozen
 from normtune.step import supervised_loss
 from normtune.strategy import apply, lean, tuning
+from normtune.training import train
 from normtune.tuned import attach_encoder, build, encoders_without_weights, move
 from stubs import inputs, llava
 from toys import toy_data, toy_recipe
@@ -551,6 +552,49 @@ def test_a_broken_image_is_named(llm_folder: Path, vision_folder: Path, tmp_path
     recipe = recipe_of({"llm": str(llm_folder), "vision": str(vision_folder)}, broken)
     with pytest.raises(InputError, match=r"item 2 \(id '1'\): image .*1.png cannot be read"):
         begin(recipe)
+
+
+def test_broken_images_are_left_out_by_policy(
+    llm_folder: Path, vision_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same samples are left out, for the same reasons, and the same is trained as from the images themselves."""
+    data = toy_data(tmp_path / "data", 12)
+    for n in (1, 2, 5):
+        (data / "images" / f"{n}.png").write_bytes(b"nothing" + bytes([n]))
+    real = Store.recognize
+
+    def recognize(store: Store, wanted: Any, *rest: Any) -> None:
+        real(store, wanted, *rest)
+        store._keys.pop(data / "images" / "5.png", None)  # as where it cannot even be read
+
+    monkeypatch.setattr(Store, "recognize", recognize)
+    ledgers, states = [], []
+    for cached in (True, True, False):  # filling a store, from one that is there, without
+        recipe = toy_recipe(llm_folder, vision_folder, data, bad_samples="skip", max_bad=12)
+        recipe["stages"] = [{**recipe["stages"][0], "cache_features": cached, "strategy": "layernorm"}]
+        out = tmp_path / f"run{len(states)}"
+        train(recipe, out=out, quiet=True)
+        ledgers.append(sorted((out / "skipped.jsonl").read_text().splitlines()))
+        states.append(load_file(out / "adapter" / "adapter.safetensors"))
+    assert ledgers[0] == ledgers[1] == ledgers[2] and len(ledgers[0]) == 3
+    for state in states[1:]:
+        assert all(torch.equal(state[name], tensor) for name, tensor in states[0].items())
+
+
+def test_not_one_image_can_be_opened(llm_folder: Path, vision_folder: Path, tmp_path: Path) -> None:
+    data = toy_data(tmp_path / "data", 3)
+    for n in range(3):
+        (data / "images" / f"{n}.png").write_bytes(b"nothing")
+    recipe = recipe_of({"llm": str(llm_folder), "vision": str(vision_folder)}, data)
+    mixture = Mixture(recipe.stages[0].data)
+    prepared = prepare_features(recipe, [mixture], quiet=True, skip=True)
+    assert prepared is not None
+    model, processor = build(recipe.model, recipe.seed, prepared.known)
+    prepared.fill(model, processor, quiet=True)
+    left: list[str] = []
+    collator = Collator(processor, None, prepared.store, lambda where, why: left.append(f"{where}: {why}"))
+    assert list(map(len, collator.encode(mixture))) == [1, 1, 1] and collator.counts["bad"] == 3
+    assert all("cannot be read: it is no image" in what for what in left)
 
 
 @pytest.mark.parametrize("strategies", [(["vision_norms"],), (["norms", "regex:vision_tower.*fc1"], ["norms"])])

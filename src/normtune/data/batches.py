@@ -37,6 +37,10 @@ class Features(Protocol):
         """Of an image in the prompt."""
         ...
 
+    def holds(self, path: Path) -> bool:
+        """Whether there are any of this image."""
+        ...
+
     def lookup(self, paths: Sequence[Path]) -> torch.Tensor:
         """(U, P, D): P patches of width D."""
         ...
@@ -203,7 +207,7 @@ class Collator:
         if wanted and getattr(self.processor, "image_processor", None) is None:
             raise InputError("the data has images, but the model's processor takes none: train an MLLM")
         if self.store is not None:
-            return {}, dict.fromkeys(wanted, self.store.tokens), {}
+            return {}, *self._stored(self.store, wanted)
         pixels: dict[Path, torch.Tensor] = {}
         tokens: dict[Path, int] = {}
         broken: dict[Path, str] = {}
@@ -222,6 +226,17 @@ class Collator:
                 pixels.update(zip(opened, values, strict=True))
                 tokens.update(zip(opened, counts, strict=True))
         return pixels, tokens, broken
+
+    def _stored(self, store: Features, wanted: dict[Path, str]) -> tuple[dict[Path, int], dict[Path, str]]:
+        """As `_look`: what was broken when features were computed is not among them."""
+        broken: dict[Path, str] = {}
+        for path in [] if self.on_bad is None else [path for path in wanted if not store.holds(path)]:
+            try:
+                open_image(path, wanted[path])
+            except InputError as error:
+                broken[path] = str(error).removeprefix(f"{wanted[path]}: ")
+        whole = [path for path in wanted if path not in broken]
+        return (dict.fromkeys(whole, store.tokens) if whole else {}), broken
 
     def _count(self, rows: Sequence[Encoded], images: int) -> None:
         used = sum(row.images for row in rows)

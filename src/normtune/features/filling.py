@@ -51,6 +51,7 @@ class Prepared:
     """Images, and where their features are kept: those of the stages with `cache_features`, or of an evaluation.
 
     `known` is what an MLLM can be built with when its encoder's weights need not be read; None: build it whole.
+    `skip`: an image that cannot be opened is left out, and whoever asks for it is told (`Store.holds`).
     """
 
     store: Store
@@ -58,6 +59,7 @@ class Prepared:
     wanted: dict[Path, str]  # image -> what names it
     stages: tuple[Stage, ...]  # all up to the last that reads features; () without a training
     known: Features | None
+    skip: bool = False
 
     @property
     def missing(self) -> dict[str, Path]:
@@ -90,8 +92,8 @@ class Prepared:
         It may be killed at any moment: the next call goes on. All processes must be through before any looks up.
 
         Raises:
-            InputError: not enough room on the disk, an image that cannot be opened, a model that puts more than a
-                connector between encoder and LLM.
+            InputError: not enough room on the disk, an image that cannot be opened (without `skip`), a model that puts
+                more than a connector between encoder and LLM.
             JobError: writing failed.
         """
         self.store.refresh()
@@ -102,8 +104,10 @@ class Prepared:
         random.Random(os.getpid()).shuffle(todo)
         if not todo:
             return
-        encode = Encoder(model, processor, self.wanted)
-        first = encode([contents[todo[0]]])
+        encode = Encoder(model, processor, self.wanted, self.skip)
+        first = next((found for key in todo if (found := encode([contents[key]])) is not None), None)
+        if first is None:  # not one of them can be opened
+            return
         bytes_each = first.numel() * first.element_size()
         room = self.store.check_room(len(self.missing), bytes_each)
         if rank == 0 and not quiet:
@@ -111,9 +115,11 @@ class Prepared:
         self.describe(encode, first, processor)
         per_shard = min(max(1, SHARD_BYTES // bytes_each), SHARD_IMAGES)
         with Bar("encoding images", len(todo), quiet=quiet or rank > 0) as bar:
-            while left := [key for key in todo if key not in self.store]:
+            while left := [key for key in todo if key not in self.store and contents[key] not in encode.broken]:
                 shard = left[:per_shard]
-                self.store.add(shard, encode([contents[key] for key in shard]))
+                features = encode([contents[key] for key in shard])
+                if features is not None:
+                    self.store.add([key for key in shard if contents[key] not in encode.broken], features)
                 bar.update(len(todo) - len(left) + len(shard))
                 self.store.refresh()  # another process may be at it, too
 
@@ -135,16 +141,20 @@ class Prepared:
 
 
 class Encoder:
-    """Image files to features [n, P, D] on the CPU: what the connector of `model` is given."""
+    """Image files to features [n, P, D] on the CPU: what the connector of `model` is given.
 
-    def __init__(self, model: nn.Module, processor: Any, wanted: Mapping[Path, str]) -> None:
+    With `skip`, files that cannot be opened are left out and kept in `broken`; None where nothing is left.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, wanted: Mapping[Path, str], skip: bool = False) -> None:
+        self.skip, self.broken = skip, set[Path]()
         inner = unwrapped(model)
         found = tuning(inner).anatomy
         self.reader, self.processor, self.wanted = image_reader(inner, found), processor.image_processor, wanted
         self.tower, self.connector = inner.get_submodule(found.vision[0]), inner.get_submodule(found.connector[0])
         self.tokens = 0  # in the LLM's sequence, of one image
 
-    def __call__(self, paths: Sequence[Path]) -> torch.Tensor:
+    def __call__(self, paths: Sequence[Path]) -> torch.Tensor | None:
         batches = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
         parts = []
         with ThreadPoolExecutor(1) as pool:
@@ -153,12 +163,22 @@ class Encoder:
                 pixels = ahead.result()
                 if number + 1 < len(batches):
                     ahead = pool.submit(self.pixels, batches[number + 1])
-                parts.append(self.features(pixels))
-        return torch.cat(parts)
+                if pixels is not None:
+                    parts.append(self.features(pixels))
+        return torch.cat(parts) if parts else None
 
-    def pixels(self, paths: Sequence[Path]) -> torch.Tensor:
+    def pixels(self, paths: Sequence[Path]) -> torch.Tensor | None:
         """As `data.Collator` makes them: [n, 3, h, w] float32."""
-        opened = [open_image(path, self.wanted[path]) for path in paths]
+        opened = []
+        for path in paths:
+            try:
+                opened.append(open_image(path, self.wanted[path]))
+            except InputError:
+                if not self.skip:
+                    raise
+                self.broken.add(path)
+        if not opened:
+            return None
         return self.processor(images=opened, return_tensors="pt")["pixel_values"].float()  # type: ignore[no-any-return]
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -187,24 +207,28 @@ class Encoder:
         return given.cpu()
 
 
-def prepare_features(recipe: Recipe, mixtures: Sequence[HasImages], *, quiet: bool = False) -> Prepared | None:
+def prepare_features(
+    recipe: Recipe, mixtures: Sequence[HasImages], *, quiet: bool = False, skip: bool = False
+) -> Prepared | None:
     """The images that the stages with `cache_features` show (one mixture per stage), and what of them is stored.
 
     None where no such stage has images. Reads every image file once, for its SHA-256.
 
     Raises:
-        InputError: an image or a model folder that cannot be read.
+        InputError: a model folder that cannot be read; an image, unless `skip` leaves it out.
     """
     cached = [number for number, stage in enumerate(recipe.stages) if stage.cache_features]
     wanted = {path: where for number in cached for path, where in mixtures[number].images()}
     if not wanted:
         return None
-    prepared = prepare_images(recipe.model, wanted, quiet=quiet)
+    prepared = prepare_images(recipe.model, wanted, quiet=quiet, skip=skip)
     live = any(mixture.has_images for mixture, s in zip(mixtures, recipe.stages, strict=True) if not s.cache_features)
     return replace(prepared, stages=tuple(recipe.stages[: cached[-1] + 1]), known=None if live else prepared.known)
 
 
-def prepare_images(recipe: ModelRecipe, wanted: dict[Path, str], *, quiet: bool = False) -> Prepared:
+def prepare_images(
+    recipe: ModelRecipe, wanted: dict[Path, str], *, quiet: bool = False, skip: bool = False
+) -> Prepared:
     """These images (each with what names it), and what of them the store of the recipe's encoder has.
 
     Raises:
@@ -212,10 +236,10 @@ def prepare_images(recipe: ModelRecipe, wanted: dict[Path, str], *, quiet: bool 
     """
     facts = identity(recipe)
     store = Store(cache_folder() / "features" / identity_key(facts))
-    store.recognize(wanted, quiet)
+    store.recognize(wanted, quiet, skip)
     missing = any(key not in store for key in store.contents(wanted))
     probed = None if missing else store.facts.get("probed")
-    return Prepared(store, facts, wanted, (), None if probed is None else Features(**probed))
+    return Prepared(store, facts, wanted, (), None if probed is None else Features(**probed), skip)
 
 
 def fill_store(

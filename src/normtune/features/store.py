@@ -84,21 +84,22 @@ class Store:
         for row, key in enumerate(keys):
             self._places.setdefault(key, (path.name, row))
 
-    def recognize(self, wanted: Mapping[Path, str], quiet: bool = True) -> None:
+    def recognize(self, wanted: Mapping[Path, str], quiet: bool = True, skip: bool = False) -> None:
         """Reads every image file once, for its SHA-256.
 
         Args:
             wanted: image file -> what names it, for messages.
 
         Raises:
-            InputError: a file that cannot be read.
+            InputError: a file that cannot be read, unless `skip` leaves it out.
         """
         new = [path for path in wanted if path not in self._keys]
         with ThreadPoolExecutor(4) as pool, Bar("looking at images", len(new), quiet=quiet) as bar:
             for number, (path, key) in enumerate(zip(new, pool.map(content_key, new), strict=True), 1):
-                if key is None:
+                if key is not None:
+                    self._keys[path] = key
+                elif not skip:
                     raise InputError(f"{wanted[path]}: image {path} cannot be read")
-                self._keys[path] = key
                 bar.update(number)
 
     def stored(self, wanted: Mapping[Path, str]) -> list[Path]:
@@ -109,11 +110,17 @@ class Store:
 
     def contents(self, paths: Iterable[Path]) -> dict[str, Path]:
         """SHA-256 -> one of the recognized files with this content."""
-        return {self._keys[path]: path for path in paths}
+        return {self._keys[path]: path for path in paths if path in self._keys}
 
     def __contains__(self, key: str) -> bool:
         """Whether features of an image with this SHA-256 are stored."""
         return key in self._places
+
+    def holds(self, path: Path) -> bool:
+        """Whether `lookup` has this image file, which was recognized or left out."""
+        if path in self._keys and self._keys[path] not in self:  # another process may have added it
+            self.refresh()
+        return self._keys.get(path) in self._places
 
     def lookup(self, paths: Sequence[Path]) -> torch.Tensor:
         """Features [U, P, D] of image files, in the dtype that they were stored in; reads these rows alone.

@@ -51,7 +51,7 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
         mixtures = [Mixture(stage.data, skipped) for stage in recipe.stages]
     if skipped is not None:
         skipped.count(sum(map(len, mixtures)))
-    prepared = prepare_features(recipe, mixtures, quiet=quiet)
+    prepared = prepare_features(recipe, mixtures, quiet=quiet, skip=skipped is not None)
     accelerator.wait_for_everyone()  # all look at what is stored before one of them adds to it
     looks = any(stage.evaluate_every for stage in recipe.stages)  # an evaluation on the way needs the encoder
     model, processor = build(recipe.model, recipe.seed, prepared.known if prepared and not looks else None)
