@@ -1,10 +1,13 @@
-"""`normtune chat`: talk to a tuned model in a terminal, images by path."""
+"""`normtune chat`: talk to a tuned model in a terminal, images by path, adapters by name."""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,45 +15,74 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from normtune.chat import Turn
-    from normtune.tuned import Tuned
+    from normtune.serving import Engine, Sampling
 
-HELP = "/image PATH shows a picture and starts anew, /new forgets the conversation, /quit ends"
+HELP = "/image PATH shows a picture and starts anew, /adapter NAME (or none) changes who answers, /new forgets the "
+HELP += "conversation, /quit ends"
+NONE = "none"  # the base's name here
 
 
 def chat(
     model: Annotated[str, typer.Argument(help="Run folder, adapter folder or MLLM folder.")],
     question: Annotated[list[str] | None, typer.Argument(help="Ask this and end, instead of a conversation.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to talk about.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of another adapter; repeat it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Share of the likeliest tokens to draw from.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Draws the same answers again.")] = None,
 ) -> None:
     """Ask a tuned model about pictures: one question, or a conversation.
 
     Example: normtune chat runs/world --image scene.png "Is there a red circle in the image?"
     """
     from normtune.cli.output import quiet_libraries
+    from normtune.cli.serve import named_folders
 
     quiet_libraries()
-    from normtune.tuned import open_tuned
+    from normtune.serving import Sampling
 
+    named = named_folders(adapter or [], NONE)
     picture = open_picture(image) if image else None
-    conversation = Conversation(open_tuned(model), picture, max_new_tokens)
-    if question:
-        print(conversation.ask(" ".join(question)))
-        return
+    with opened(model, named) as (engine, first):
+        conversation = Conversation(engine, Sampling(max_new_tokens, temperature, top_p, seed), first, picture)
+        if question:
+            conversation.ask(" ".join(question))
+        else:
+            talk(conversation)
+
+
+def talk(conversation: Conversation) -> None:
+    """Reads lines until /quit or their end."""
     prompt = sys.stdin.isatty()
     if prompt:
         print(HELP, file=sys.stderr)
     while (line := read_line(prompt)) is not None:
+        command, _, rest = line.partition(" ")
         if line == "/quit":
             break
         if line == "/new":
             conversation.turns.clear()
-        elif line.startswith("/image"):
-            show(conversation, line.removeprefix("/image").strip())
+        elif command == "/image":
+            show(conversation, rest.strip())
+        elif command == "/adapter":
+            switch(conversation, rest.strip())
         elif line.startswith("/"):
-            print(f"unknown command {line.split()[0]}; {HELP}", file=sys.stderr)
+            print(f"unknown command {command}; {HELP}", file=sys.stderr)
         elif line:
-            print(conversation.ask(line), flush=True)
+            say(conversation, line)
+
+
+def say(conversation: Conversation, text: str) -> None:
+    """Asks; what cannot be answered (a conversation beyond the context) is said and taken back."""
+    from normtune.errors import InputError
+
+    before = len(conversation.turns)
+    try:
+        conversation.ask(text)
+    except InputError as error:
+        del conversation.turns[before:]
+        print(error, file=sys.stderr)
 
 
 def show(conversation: Conversation, path: str) -> None:
@@ -59,6 +91,16 @@ def show(conversation: Conversation, path: str) -> None:
     try:
         conversation.image = open_picture(Path(path).expanduser())
         conversation.turns.clear()
+    except InputError as error:
+        print(error, file=sys.stderr)
+
+
+def switch(conversation: Conversation, name: str) -> None:
+    from normtune.errors import InputError
+
+    try:
+        conversation.engine.bank.entry(None if name == NONE else name)
+        conversation.adapter = None if name == NONE else name
     except InputError as error:
         print(error, file=sys.stderr)
 
@@ -79,24 +121,58 @@ def read_line(prompt: bool) -> str | None:
         return None
 
 
-class Conversation:
-    """Turns so far, about one picture or none."""
+@contextmanager
+def opened(path: str, named: dict[str, str]) -> Iterator[tuple[Engine, str | None]]:
+    """An engine for the base at `path`, its own adapter and the named ones, and who answers first: the run's own
+    adapter, else the first that is named, else the base."""
+    import normtune
+    from normtune.cli.serve import adapter_folder
+    from normtune.errors import InputError
+    from normtune.serving import Engine, open_alone, open_base
+    from normtune.world import resolve_path
 
-    def __init__(self, tuned: Tuned, image: Image | None, max_new_tokens: int) -> None:
-        self.tuned, self.image, self.max_new_tokens = tuned, image, max_new_tokens
+    tuned, own = open_base(resolve_path(path))
+    adapters = {**dict(own), **{name: adapter_folder(folder) for name, folder in named.items()}}
+    try:
+        bank = normtune.bank(tuned.model, adapters)
+    except InputError:
+        if named or not own:
+            raise
+        bank, adapters = open_alone(tuned, own[0][1]), {}
+    with bank, Engine(bank, tuned.processor, slots=1) as engine:
+        yield engine, next(iter(adapters), None)
+
+
+class Conversation:
+    """Turns so far, about one picture or none, and who answers (None: the base)."""
+
+    def __init__(self, engine: Engine, sampling: Sampling, adapter: str | None, image: Image | None) -> None:
+        self.engine, self.sampling, self.adapter, self.image = engine, sampling, adapter, image
         self.turns: list[Turn] = []
 
-    def ask(self, text: str) -> str:
-        """The greedy answer to `text`, which joins the conversation."""
+    def ask(self, text: str) -> None:
+        """Prints the answer to `text` as it comes; both join the conversation. Ctrl-C ends the answer alone."""
         from normtune.chat import Turn
-        from normtune.evaluation import answer
+        from normtune.errors import JobError
 
         text = text.replace("<image>", "< image >")  # the marker is not for users to write
         first = not self.turns
         self.turns.append(Turn("user", f"<image>\n{text}" if first and self.image is not None else text))
-        images: list[Any] = [self.image] if self.image is not None else []
-        reply = answer(
-            self.tuned.model, self.tuned.processor, [(self.turns, images)], self.max_new_tokens, batch_size=1
-        )[0]
-        self.turns.append(Turn("assistant", reply))
-        return reply
+        images = [self.image] if self.image is not None else []
+        reply, tokens, started = "", 0, time.perf_counter()
+        stream = self.engine.stream(self.turns, images, self.adapter, self.sampling)
+        with closing(stream):
+            try:
+                for piece in stream:
+                    new = piece.text if reply else piece.text.lstrip()
+                    print(new, end="", flush=True)
+                    reply, tokens = reply + new, piece.tokens
+                    if piece.error is not None:
+                        raise JobError(piece.error)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                print(flush=True)
+        seconds = time.perf_counter() - started
+        print(f"[{tokens} tokens, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
+        self.turns.append(Turn("assistant", reply.strip()))

@@ -9,8 +9,8 @@ this room that nothing here imports, because their packages are extras.
 
 from normtune.serving.engine import Engine, Stats
 from normtune.serving.jobs import Closed, Job, Piece, QueueFull
-from normtune.serving.opening import open_base
+from normtune.serving.opening import open_alone, open_base
 from normtune.serving.prompts import Prompt
 from normtune.serving.sampling import Sampling
 
-__all__ = ["Closed", "Engine", "Job", "Piece", "Prompt", "QueueFull", "Sampling", "Stats", "open_base"]
+__all__ = ["Closed", "Engine", "Job", "Piece", "Prompt", "QueueFull", "Sampling", "Stats", "open_alone", "open_base"]

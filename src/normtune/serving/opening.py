@@ -1,13 +1,25 @@
 """A base for serving: from a run, adapter or MLLM folder, without the adapter that lies there.
 
-Scope: which model that is, and which adapters come with the path. Not here: opening itself (tuned.py), the bank.
+Scope: which model that is, and which adapters come with the path; a model whose adapter no bank takes, as a bank of
+nothing. Not here: opening itself (tuned.py), the bank.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from normtune.adapter import remove_adapter
+import torch
+from torch import nn
+
+from normtune.adapter import load_adapter, remove_adapter
+from normtune.bank import Bank, Entry, Selection
+from normtune.errors import InputError
+from normtune.layers import unwrapped
+from normtune.strategy import tuning
 from normtune.tuned import Tuned, open_tuned
 
 
@@ -26,3 +38,34 @@ def open_base(
     adapter = folder / "adapter" if (folder / "recipe.yaml").is_file() else folder
     named = adapter.resolve()
     return tuned, [(named.parent.name if named.name == "adapter" else named.name, adapter)]
+
+
+def open_alone(tuned: Tuned, adapter: Path) -> Bank:
+    """A bank for an opened base with an adapter that no bank takes (LoRA, weights of the LLM): the model with that
+    adapter loaded is its base, and it has no other."""
+    load_adapter(tuned.model, adapter)
+    return Alone(tuned.model)
+
+
+class Alone(Bank):
+    """A model as it is, whatever was loaded into it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self._inner = model, unwrapped(model)
+        self._anatomy = tuning(model).anatomy
+        self._base, self._entries = Entry(None, "none", torch.empty(0)), {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, *args: Any, **options: Any) -> None:
+        """Raises InputError: there is no base without an adapter here."""
+        raise InputError(f"adapter {name!r} needs the base alone; merge what the model holds (normtune.merge)")
+
+    def select(self, entries: Sequence[Entry]) -> Any:
+        return entries
+
+    @contextmanager
+    def rows(self, entries: Sequence[Entry] | Selection, images: Sequence[int] = ()) -> Iterator[None]:
+        yield
+
+    def close(self) -> None:
+        """The model stays as it is."""

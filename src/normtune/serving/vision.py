@@ -21,7 +21,7 @@ from PIL import Image
 from normtune.bank import Bank, Entry
 from normtune.errors import InputError
 from normtune.evaluation.engines import takes_features
-from normtune.features import can_store
+from normtune.features.filling import has_connector
 from normtune.features.once import attribute, frozen, image_reader
 from normtune.images import to_rgb
 from normtune.strategy import tuning
@@ -59,7 +59,7 @@ class Vision:
     def __init__(self, bank: Bank, processor: Any, limit: int) -> None:
         model = bank.model
         found = tuning(model).anatomy
-        if not (takes_features(model, processor) and can_store(model)):
+        if not (takes_features(model, processor) and has_connector(model)):
             raise InputError("this model's images do not go through one connector")
         self.processor, self.limit = processor.image_processor, limit
         self.reader: Any = image_reader(model, found)
