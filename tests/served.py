@@ -128,6 +128,7 @@ class Served:
     engine: Any
     app: Any
     port: int
+    http: httpx.Client
 
     @property
     def url(self) -> str:
@@ -140,11 +141,10 @@ class Served:
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **options.pop("headers", {})}
         body: dict[str, Any] = {"json": document} if content is None else {"content": content}
         url = f"{self.url}/v1/chat/completions"
-        return httpx.post(url, headers=headers, timeout=30, trust_env=False, **body, **options)
+        return self.http.post(url, headers=headers, **body, **options)
 
     def get(self, path: str) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {KEY}"}
-        return httpx.get(self.url + path, headers=headers, timeout=30, trust_env=False)
+        return self.http.get(self.url + path, headers={"Authorization": f"Bearer {KEY}"})
 
 
 @contextlib.contextmanager
@@ -159,7 +159,8 @@ def serving(engine: Any, **settings: Any) -> Iterator[Served]:
         thread.start()
         try:
             eventually(lambda: server.started)
-            yield Served(engine, app, listener.getsockname()[1])
+            with httpx.Client(timeout=30, trust_env=False) as http:
+                yield Served(engine, app, listener.getsockname()[1], http)
         finally:
             server.should_exit = True
             thread.join(30)

@@ -119,7 +119,9 @@ class Completions:
         except ApiError as error:
             await exchange.fail(error)
         except TimeoutError:
-            await exchange.fail(ApiError(504, f"No answer within {self.settings.timeout:g} seconds.", code="timeout"))
+            status, what = (504, "answer") if exchange.read else (408, "whole request")
+            message = f"No {what} within {self.settings.timeout:g} seconds."
+            await exchange.fail(ApiError(status, message, code="timeout"))
         except Exception:
             log.exception("a request failed")
             await exchange.fail(ApiError(500, "The server failed at this request."))
@@ -127,21 +129,21 @@ class Completions:
             self.metrics.count(exchange.status, exchange.model, time.monotonic() - began)
 
     async def _exchange(self, exchange: Exchange, request: Request, began: float) -> None:
-        whole, read = self.settings.max_body, False
+        chunks, most = request.stream(), self.settings.max_body
         try:
             if self.answers.closing:
                 raise shutting_down()
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise ApiError(415, "Send the request as JSON, with Content-Type: application/json.")
             with self.load.request() as held:
-                body = await read_body(request.stream(), request.headers.get("content-length"), whole, held)
-                read = True
+                body = await read_body(chunks, request.headers.get("content-length"), most, held)
+                exchange.read = True
                 work = self._answer(exchange, body, held, began)
                 del body  # the work has it, and lets go of it
                 await unless_gone(exchange.receive, work)
         except ApiError:
-            if not read:
-                await drain(request.stream(), 4 * whole)
+            if not exchange.read:
+                await drain(chunks, 4 * most)
             raise
 
     async def _answer(self, exchange: Exchange, body: bytes, held: Held, began: float) -> None:
@@ -179,7 +181,7 @@ class Exchange:
         self.scope, self.receive, self.send = scope, receive, send
         self.status = GONE
         self.model: str | None = None
-        self.streaming = False
+        self.read = self.streaming = False  # the request's body; events
 
     def name(self, model: str) -> None:
         self.model = model

@@ -154,8 +154,10 @@ def read_json(body: bytes) -> Any:
         return found
     except RecursionError:
         reason = "it is nested too deeply"
-    except UnicodeError:
+    except UnicodeDecodeError:
         reason = "it is not valid UTF-8"
+    except UnicodeEncodeError:
+        reason = "it has half of a surrogate pair"
     except json.JSONDecodeError as error:
         reason = f"{error.msg}, line {error.lineno}, column {error.colno}"
     except ValueError as error:  # NaN, or a number of thousands of digits
@@ -181,7 +183,8 @@ def refuse(error: ValidationError) -> NoReturn:
     if first["type"] == "union_tag_invalid":
         found = first.get("ctx", {}).get("tag", "")
         raise ApiError(400, f"Parts of type {found!r} are not supported, only text and image_url.", f"{param}.type")
-    raise ApiError(400, f"{param}: {first['msg']}.", param, "invalid_value")
+    reason = "must be an object" if first["type"].startswith("model_") else first["msg"]
+    raise ApiError(400, f"{param}: {reason}.", param, "invalid_value")
 
 
 def _request(body: _Body) -> ChatRequest:

@@ -62,7 +62,8 @@ async def fetch(url: str, param: str, limit: int, seconds: float, held: Held) ->
         raise wrong(f"The image's URL must not name another port than {port}.", param)
     try:
         async with asyncio.timeout(seconds):
-            return await _fetch(target, await _public(target, port, param), param, limit, held)
+            address = await _public(target, port, param)
+            return await _fetch(target, target.copy_with(host=address, port=port), param, limit, held)
     except TimeoutError as error:
         raise wrong(f"The image did not come within {seconds:g} seconds.", param) from error
     except (httpx.HTTPError, OSError, UnicodeError) as error:
@@ -77,13 +78,14 @@ async def _public(target: httpx.URL, port: int, param: str) -> str:
     return addresses[0]
 
 
-async def _fetch(target: httpx.URL, address: str, param: str, limit: int, held: Held) -> Encoded:
-    """Asks `address` for `target`. The certificate is checked against the URL's name, not against the address."""
+async def _fetch(target: httpx.URL, checked: httpx.URL, param: str, limit: int, held: Held) -> Encoded:
+    """Asks for `target` at `checked`, the same with an address for its host. The certificate is checked against the
+    URL's name, not against the address."""
     headers = {"Host": target.netloc.decode("ascii"), "Accept": "image/*", "Accept-Encoding": "identity"}
     names = {"sni_hostname": target.raw_host.decode("ascii")}
     async with (
         httpx.AsyncClient(trust_env=False, follow_redirects=False) as client,
-        client.stream("GET", target.copy_with(host=address), headers=headers, extensions=names) as answer,
+        client.stream("GET", checked, headers=headers, extensions=names) as answer,
     ):
         if answer.status_code != 200:
             raise wrong(f"The image's server answered {answer.status_code}; redirects are not followed.", param)

@@ -24,7 +24,11 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. InputError where that is not possible."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        # connections inherit it; asyncio sees to it only for sockets made with the protocol's number, and headers
+        # would wait 40 ms for their body
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot serve at {host}:{port}: {reason}\nChoose another --host or --port.") from error
