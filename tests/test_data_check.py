@@ -23,7 +23,7 @@ from command import run
 from normtune.cli.data_report import page
 from normtune.data import Collator, Mixture
 from normtune.data.checking import Checker, Exam
-from normtune.data.findings import FIRST, KINDS, Findings, kind_of
+from normtune.data.findings import DROPPED, FIRST, KINDS, Findings, judge, kind_of
 from normtune.data.skipping import Skipped
 from normtune.errors import InputError, JobError
 from normtune.model import assemble
@@ -179,10 +179,44 @@ def test_the_first_of_many_and_lengths() -> None:
     [(0, 0, False), (1, 0, True), (2, 2, False), (3, 2, True), (1, 0.01, False), (2, 0.01, True), (100, 1.0, True)],
 )
 def test_thresholds(bad: int, most: int | float, too_many: bool) -> None:
-    found = Findings("align", 64, entries=100, bad=bad)
-    assert found.too_many(most) is too_many
-    found.unreadable.append(("x.json", "torn"))
-    assert found.too_many(most)
+    def stages(numbers: range, kind: str) -> list[Findings]:
+        found = [Findings("align", 64, entries=40), Findings("instruct", 64, entries=60)]
+        for n in numbers:
+            found[n >= 40].fault(kind, f"item {n}", "torn")
+        return found
+
+    spread = range(0, 100, 100 // max(1, bad))[:bad]  # over both stages: the bound is that of a training
+    found = stages(spread, "broken image")
+    assert judge(found, most) == ("a training would stop" if too_many else "")
+    found[0].unreadable.append(("x.json", "torn"))
+    assert judge(found, most)
+    short = stages(spread, DROPPED)  # a training goes on with what it cannot learn from, but not with that alone
+    assert judge(short, most) == ("" if not too_many else "a training would stop" if bad == 100 else "that is too many")
+
+
+def test_a_sample_of_two_stages_counts_once(tmp_path: Path) -> None:
+    found = [Findings("align", 64, entries=40), Findings("instruct", 64, entries=60)]
+    for one in found:
+        one.fault("broken image", "item 1", "torn")
+    assert judge(found, 1) == "" and judge(found, 0)
+
+
+@pytest.mark.parametrize(
+    ("items", "weight", "why"),
+    [([3, []], 1.0, "it holds no samples"), (GOOD, 0.01, r"weight 0\.01 of 4 samples leaves none")],
+)
+def test_what_a_mixture_refuses_is_found(
+    planted: Path, processor: Any, items: list[Any], weight: float, why: str
+) -> None:
+    """Whatever the bound: such a file stops a training."""
+    (planted / "none.json").write_text(json.dumps(items))
+    none = DataSource(path=str(planted / "none.json"), images=str(planted / "images"), weight=weight)
+    two = stage(planted, data=[*stage(planted).data, none])
+    found = Checker(processor).check(two)
+    assert re.fullmatch(why, found.unreadable[0][1]) and len(found.unreadable) == 1
+    assert judge([found], 1.0) == "a training would stop"
+    with pytest.raises(InputError, match=why):
+        Mixture(two.data, on_bad=lambda where, why: None)
 
 
 def test_what_comes_before_the_end_of_a_torn_file_counts(planted: Path, processor: Any) -> None:

@@ -36,8 +36,9 @@ def check(
 ) -> None:
     """Read every sample and every image of a recipe's stages, and say what training would refuse, cut or regret.
 
-    Exits with 1 where a training would stop: more bad samples than `max_bad` (with `bad_samples: error`: any at all),
-    or a file that cannot be read to its end. Of the model the tokenizer and the vision encoder are read.
+    Exits with 1 where a training would stop: more bad samples in all stages than `max_bad` (with `bad_samples: error`: any
+    at all), or a file that cannot be read to its end; samples with nothing to learn count as well. Of the model the
+    tokenizer and the vision encoder are read.
 
     Example: normtune data check recipe.yaml --html check.html
     """
@@ -49,6 +50,7 @@ def check(
     quiet_libraries()
     from normtune.cli.data_report import page, print_findings
     from normtune.data.checking import Checker
+    from normtune.data.findings import judge
     from normtune.progress import say
     from normtune.runlog import write_text
     from normtune.tuned import processor_of
@@ -64,7 +66,7 @@ def check(
 
     checker = Checker(processor_of(located.model), exam_of(located), SHOWN if html else 0, progress)
     found = [checker.check(stage) for stage in located.stages]
-    failed = [one.stage for one in found if one.too_many(most)]
+    failed = [one.stage for one in found if one.bad or one.unreadable] if judge(found, most) else []
     if html is not None:
         write_text(html, page(resolved.name, found, checker, most).to_html())
         say(f"{html}: samples with the tokens that the loss counts")

@@ -8,7 +8,7 @@ from typing import Any
 
 from normtune.cli.output import cell, print_table
 from normtune.data.checking import Checker, Shown
-from normtune.data.findings import Findings
+from normtune.data.findings import Findings, judge
 from normtune.reporting import Block, Bullets, Card, Document, Heading, Note, Table, Text, Tokens
 
 BAR = 40  # characters of the longest bar of a histogram
@@ -22,7 +22,8 @@ def print_findings(found: Sequence[Findings], most: int | float) -> None:
             print_table(["found in " + one.stage, "samples", "the first of them"], list(kinds(one)))
         print_table(["tokens", "samples", ""], histogram(one), f"{one.stage}: lengths before cutting")
     for one in found:
-        print(verdict(one, most))
+        print(summary(one))
+    print(verdict(found, most))
 
 
 HEADER = ["stage", "samples", "bad", "images", "tokens", "supervised", "longest", "limit"]
@@ -54,10 +55,15 @@ def histogram(one: Findings) -> list[list[Any]]:
     return [[f"{top // 2 + 1}-{top}", one.lengths[top], "#" * -(-BAR * one.lengths[top] // highest)] for top in tops]
 
 
-def verdict(one: Findings, most: int | float) -> str:
+def verdict(found: Sequence[Findings], most: int | float) -> str:
+    bad, entries = len({where for one in found for where in one.named}), sum(one.entries for one in found)
+    judged = judge(found, most)
+    return f"{bad:,} of {entries:,} samples are bad, {allowed(most)} allowed" + (f"; {judged}" if judged else "")
+
+
+def summary(one: Findings) -> str:
     cut = one.cut
-    lines = [f"{one.stage}: {one.bad:,} of {one.entries:,} samples are bad, {allowed(most)} allowed"]
-    lines[0] += "; a training would stop" if one.too_many(most) else ""
+    lines = [f"{one.stage}: {one.bad:,} of {one.entries:,} samples are bad"]
     if cut["samples"]:
         lines.append(
             f"{one.stage}: {cut['samples']:,} samples are longer than {one.max_length:,} tokens and lose "
@@ -72,11 +78,12 @@ def allowed(most: int | float) -> str:
 
 def page(name: str, found: Sequence[Findings], checker: Checker, most: int | float) -> Document:
     """The same as a page, with samples as the loss sees them."""
-    blocks: list[Block] = [Table(HEADER, [texts(totals(one)) for one in found])]
+    judged = verdict(found, most)
+    blocks: list[Block] = [Note(judged) if judge(found, most) else Text(judged)]
+    blocks.append(Table(HEADER, [texts(totals(one)) for one in found]))
     for one in found:
         blocks.append(Heading(one.stage))
-        text = verdict(one, most)
-        blocks.append(Note(text) if one.too_many(most) else Text(text))
+        blocks.append(Text(summary(one)))
         rows = [texts(row) for row in kinds(one)]
         if rows:
             blocks.append(Table(["found", "samples", "the first of them"], rows, stacked=True))

@@ -80,20 +80,24 @@ class Checker:
         self._by_size: dict[tuple[int, int], int] = {}
 
     def check(self, stage: Stage) -> Findings:
-        """All files of a stage. A file that cannot be read to its end is among `Findings.unreadable`."""
+        """All files of a stage. A file that cannot be read to its end, or gives none, is in `Findings.unreadable`."""
         found = Findings(stage.name, stage.max_length)
         shown = self.examples.setdefault(stage.name, [])
         seen: dict[bytes, str] = {}
         images: set[Path] = set()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for source in stage.data:
-                done = 0
+                done, good, whole = 0, 0, len(found.unreadable)
                 for group in self._groups(source, found):
                     self._open([one.sample for one in group if one.sample is not None], pool)
                     for one in group:
                         self._entry(one, found, seen, images, shown)
                     done += len(group)
+                    good += sum(one.sample is not None for one in group)
                     self.progress(source.path, done)
+                if len(found.unreadable) == whole and round(source.weight * good) == 0:  # as `Mixture` refuses it
+                    weight = f"weight {source.weight:g} of {good:,} samples leaves none"
+                    found.unreadable.append((source.path, weight if good else "it holds no samples"))
         found.images = len(images)
         return found
 

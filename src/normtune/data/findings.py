@@ -6,6 +6,7 @@ Scope: plain records that are added up, and the words for what is wrong. Non-sco
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,8 @@ class Findings:
         cut: turns, tokens, images and samples that `max_length` cuts off.
         faults, notes: kind -> how many samples; what makes a sample unusable, and what does not.
         first: kind -> the first FIRST of them, as (which sample, why).
-        unreadable: files of which the rest cannot be read, as (file, why).
+        named: every unusable sample, by where it stands -> its kind.
+        unreadable: files of which the rest cannot be read, or from which nothing is left, as (file, why).
     """
 
     stage: str
@@ -72,11 +74,13 @@ class Findings:
     faults: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     first: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    named: dict[str, str] = field(default_factory=dict)
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
     def fault(self, kind: str, where: str, why: str) -> None:
         self.bad += 1
         self.faults[kind] += 1
+        self.named[where] = kind
         self._name(kind, where, why)
 
     def note(self, kind: str, where: str, why: str) -> None:
@@ -89,14 +93,9 @@ class Findings:
         self.lengths[1 << max(0, tokens - 1).bit_length()] += 1
 
     def _name(self, kind: str, where: str, why: str) -> None:
-        named = self.first.setdefault(kind, [])
-        if len(named) < FIRST:
-            named.append((where, why))
-
-    def too_many(self, most: int | float) -> bool:
-        """Whether more samples are bad than `most`, a number (int) or a share (float), or a file is unreadable."""
-        allowed = most if isinstance(most, int) else int(most * self.entries)
-        return bool(self.unreadable) or self.bad > allowed or self.bad == self.entries
+        first = self.first.setdefault(kind, [])
+        if len(first) < FIRST:
+            first.append((where, why))
 
     def document(self) -> dict[str, Any]:
         """All of it for JSON."""
@@ -116,3 +115,18 @@ class Findings:
             "first": {kind: [{"what": w, "why": why} for w, why in named] for kind, named in self.first.items()},
             "unreadable": [{"what": what, "why": why} for what, why in self.unreadable],
         }
+
+
+def judge(found: Sequence[Findings], most: int | float) -> str:
+    """What a training on these stages would come to, "" where it would run.
+
+    Args:
+        most: of the samples of all stages that may be bad: a number (int) or a share (float). As in a training
+            (skipping.py), one of a file that several stages read counts once.
+    """
+    allowed = most if isinstance(most, int) else int(most * sum(one.entries for one in found))
+    named = {where: kind for one in found for where, kind in one.named.items()}
+    stopping = sum(kind != DROPPED for kind in named.values())  # the others it reads, and learns nothing
+    if stopping > allowed or any(one.unreadable or one.bad == one.entries for one in found):
+        return "a training would stop"
+    return "that is too many" if len(named) > allowed else ""
