@@ -141,10 +141,10 @@ class Demo:
             if name == "coco":
                 images = [item.image for item in items if item.image is not None]
                 other = shuffled_images(images, 0)
-                caption = {item.image: first_text(task.truth(item)) for item in items}
+                caption = {item.image: task.reference(item) for item in items}
                 given = [caption[other[image]] for image in images]
             else:
-                truths = [first_text(task.truth(item)) for item in items]
+                truths = [task.reference(item) for item in items]
                 given = [Counter(truths).most_common(1)[0][0]] * len(items)
             scores[COLUMNS[name]] = round(float(task.score(items, given)["score"]), 4)
         return scores
@@ -169,7 +169,7 @@ class Demo:
             pool = pools[name]
             for item in pool[number * 37 % len(pool) :]:
                 if item.image is not None and item.image not in chosen:
-                    truth = first_text(TASKS[name].truth(item))
+                    truth = TASKS[name].reference(item)
                     chosen[item.image] = (item.image, item.question, truth)
                     break
         return list(chosen.values())
@@ -191,8 +191,3 @@ class Demo:
             given = {name: texts[number] for name, texts in answers.items()}
             shown.append({"file": file, "question": question, "truth": truth, "answers": given})
         return shown
-
-
-def first_text(truth: Any) -> str:
-    """One reference as text: of several, the first."""
-    return str(truth[0]) if isinstance(truth, list | tuple) else str(truth)
