@@ -537,3 +537,28 @@ def test_peft_of_another_tool_is_refused() -> None:
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(InputError, match=r"(?s)adapter of PEFT's.*merge_and_unload"):
         apply(model, "layernorm-simple")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_switching_between_alike_adapters_writes_their_values_alone(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {}
+    for name, steps in (("a", 2), ("b", 3)):
+        model = tuned("layernorm", dtype, steps=steps)
+        wanted[name] = logits(model)
+        save_adapter(model, tmp_path / name)
+    model = llava().to(dtype)
+    base = logits(model)
+    for name in wanted:
+        load_adapter(model, tmp_path / name, name)
+    with monkeypatch.context() as patch:
+        patch.setattr("normtune.adapter.loading.settle", None)
+        for name in ("a", "b", "a"):
+            set_adapter(model, name)
+            assert torch.equal(logits(model), wanted[name])
+    apply(model, "layernorm")  # trainable again: switching freezes
+    set_adapter(model, "b")
+    assert torch.equal(logits(model), wanted["b"]) and not any(p.requires_grad for p in model.parameters())
+    set_adapter(model, None)
+    assert torch.equal(logits(model), base)

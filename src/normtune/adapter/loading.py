@@ -185,6 +185,8 @@ def put_tensors(model: nn.Module, state: Tuning, values: Mapping[str, torch.Tens
 
 def activate(model: nn.Module, loaded: Loaded, name: str | None) -> None:
     """Puts an adapter's tensors (None: the model's own) in place of those of the active one."""
+    if name is not None and exchange(model, loaded, name):
+        return
     settle(model)
     state, present = tuning(model), parameters(model)
     adapter = Adapter({}) if name is None else loaded.adapters[name]
@@ -203,6 +205,23 @@ def activate(model: nn.Module, loaded: Loaded, name: str | None) -> None:
     mark_tuned(model, state.tuned)  # whatever has a fingerprint from now on became trainable after this
     loaded.active = name
     loaded.placed, loaded.lora = ({}, None) if name is None else (dict(values), adapter.lora)
+
+
+def exchange(model: nn.Module, loaded: Loaded, name: str) -> bool:
+    """Where the adapter holds what the active one holds, and all is frozen, writes the values alone; whether it did."""
+    state, adapter, present = tuning(model), loaded.adapters[name], parameters(model)
+    alike = loaded.active is not None and adapter.tensors.keys() == loaded.placed.keys()
+    if not alike or state.lora is not None or adapter.lora is not None:
+        return False
+    if any(p.requires_grad for p in present.values()):
+        return False
+    if any(present[key].dtype != torch.float32 or key not in state.tuned for key in adapter.tensors):
+        return False
+    with torch.no_grad():
+        for key, value in adapter.tensors.items():
+            present[key].copy_(value)
+    loaded.active, loaded.placed = name, dict(adapter.tensors)
+    return True
 
 
 def note_own(model: nn.Module, loaded: Loaded, names: Container[str]) -> None:
