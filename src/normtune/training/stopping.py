@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from normtune.errors import NormtuneError
 from normtune.progress import say
+
+ONE = 5.0
+"""Seconds within which signals are one: SLURM sends its own to torchrun and to what torchrun has started, and torchrun
+passes it on."""
 
 
 class Interrupted(NormtuneError):
@@ -23,21 +28,25 @@ class Interrupted(NormtuneError):
 
 
 class Stop(threading.Event):
-    """Set when the training was told to end; `number` is the signal that did."""
+    """Set when the training was told to end; `number` is the signal that did, `since` when."""
 
     number: int = signal.SIGINT
+    since: float | None = None
 
 
 @contextmanager
 def interruptible(stop: Stop) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set `stop`; a second one ends at once."""
+    """Ctrl-C and SIGTERM set `stop`; a second one, `ONE` seconds later or more, ends at once."""
 
     def handler(number: int, frame: Any) -> None:
-        if stop.is_set():
+        if stop.since is not None:
+            if time.monotonic() - stop.since < ONE:
+                return
             raise KeyboardInterrupt
-        stop.number = number
+        stop.number, stop.since = number, time.monotonic()
         stop.set()
-        say("finishing this micro-batch, then saving; once more to stop at once")
+        with suppress(RuntimeError):  # the bar is being written: stderr is not written to from within
+            say(f"finishing this micro-batch, then saving; once more after {ONE:.0f} s to stop at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield
