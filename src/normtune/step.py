@@ -50,6 +50,10 @@ class NotFinite(JobError):
         self.micro_batches = micro_batches
 
 
+class NothingToLearn(JobError):
+    """No sample of a step, on any process, has a supervised token; nothing was updated."""
+
+
 class Abandoned(Exception):
     """The step was given up between two micro-batches, because the training was told to stop; nothing was updated."""
 
@@ -137,14 +141,14 @@ def take_step(
         stopped: asked between micro-batches whether to give up (of several processes none can do that alone).
 
     Raises:
-        JobError: no supervised token. NotFinite: a loss or gradient that is not. Abandoned: `stopped` said yes.
+        NothingToLearn: no supervised token. NotFinite: a loss or gradient. Abandoned: `stopped` said yes.
     """
     began = time.perf_counter()
     dtype = tuning(accelerator.unwrap_model(model)).dtype
     own = torch.tensor([size_of(batch) for batch in batches]).sum(0)
     supervised, tokens, images, pairs = accelerator.reduce(own.to(accelerator.device)).tolist()
     if supervised == 0:
-        raise JobError(f"{stage.name}, step {step + 1}: no sample of this step has a supervised token; see max_length")
+        raise NothingToLearn(f"{stage.name}, step {step + 1}: no sample has a supervised token; see max_length")
     losses = []
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1

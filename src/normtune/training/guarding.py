@@ -23,7 +23,7 @@ from normtune.memory.recipes import USABLE, job_of, shape_of
 from normtune.recipe import Recipe, Stage
 from normtune.runlog import resident
 from normtune.skeletons import assembled_skeleton
-from normtune.step import NotFinite, take_step
+from normtune.step import NotFinite, NothingToLearn, take_step
 from normtune.training.batching import Batches
 
 if TYPE_CHECKING:
@@ -42,26 +42,27 @@ def guarded_step(
     step: int,
     total: int,
 ) -> dict[str, Any] | None:
-    """`take_step` on `ready`; None where the step was skipped, as the recipe's `on_nonfinite` says.
+    """`take_step` on `ready`; None where the step is skipped: nothing to learn, or as `on_nonfinite` says.
 
     Raises:
-        JobError: as `take_step`, naming the samples where loss or gradient is not finite; out of memory.
+        JobError: loss or gradient not finite, with the samples; too many steps skipped; out of memory.
         Abandoned: told to stop between two micro-batches.
     """
     stage = batches.stage
     try:
         record = take_step(loop.accelerator, model, optimizer, ready, stage, step, total, loop.stop.is_set)
+    except NothingToLearn as error:
+        loop.log({"event": "nothing to learn", "stage": stage.name, "step": step + 1})
+        leave_out(loop, str(error), total)
+        return None
     except NotFinite as error:
         samples = samples_of(loop, batches, step, error.micro_batches)
         loop.log({"event": "not finite", "stage": stage.name, "step": step + 1, **error.facts, "samples": samples})
-        loop.bad_steps += 1
         more = f" and {len(samples) - SHOWN} more, see log.jsonl" if len(samples) > SHOWN else ""
         message = f"{error}\nsamples: {'; '.join(samples[:SHOWN])}{more}"
         if loop.recipe.on_nonfinite == "stop":
             raise JobError(message) from None
-        if loop.bad_steps == IN_A_ROW:
-            raise JobError(f"{IN_A_ROW} steps in a row skipped; the last: {message}") from None
-        loop.say(f"skipped {message}")
+        leave_out(loop, message, total)
         return None
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -72,6 +73,14 @@ def guarded_step(
         loop.bad_steps = 0
         return record
     raise JobError(f"{stage.name}, step {step + 1}: out of memory on {loop.accelerator.device}\n{advice}")
+
+
+def leave_out(loop: Loop, message: str, total: int) -> None:
+    """Says that a step is skipped, and why. JobError where that has become the rule, or a stage has no other steps."""
+    loop.bad_steps += 1
+    if loop.bad_steps >= min(IN_A_ROW, total):
+        raise JobError(f"{loop.bad_steps} steps in a row skipped; the last: {message}") from None
+    loop.say(f"skipped {message}")
 
 
 def samples_of(loop: Loop, batches: Batches, step: int, micro_batches: Sequence[int]) -> list[str]:
