@@ -174,6 +174,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: Path) -> None:
     """Puts the tuned tensors of a checkpoint into `model`, LoRA matrices included if the model has them.
 
+    One that holds the model's own values was not changed by its training, and does not count as tuned here either.
+
     Raises:
         InputError: a tensor that the model lacks or whose shape differs.
     """
@@ -182,11 +184,18 @@ def load_parameters(model: nn.Module, tensors: dict[str, torch.Tensor], where: P
     for name, value in values.items():
         if name not in present or present[name].shape != value.shape:
             raise InputError(f"{where}: tensor {name} does not fit the model of this recipe; was the recipe changed?")
-    put_tensors(model, tuning(model), {n: t for n, t in values.items() if not is_lora(n)})
+    changed = {n: t for n, t in values.items() if not is_lora(n) and not same_bits(present[n], t)}
+    put_tensors(model, tuning(model), changed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_lora(name) and name in values:
                 parameter.copy_(values[name])
+
+
+def same_bits(parameter: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a parameter, as fp32, is `value` (fp32, on the CPU) to the bit."""
+    own = parameter.detach().to("cpu", torch.float32).contiguous()
+    return torch.equal(own.view(torch.int32), value.view(torch.int32))
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
