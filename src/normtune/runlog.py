@@ -160,11 +160,11 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a log; torn ones are left out."""
+    """The JSON lines of a log; torn ones, within a letter too, are left out."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().decode("utf-8", "replace").split("\n"):  # texts may hold other ends of lines
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records

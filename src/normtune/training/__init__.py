@@ -19,7 +19,7 @@ from normtune.checkpoint import check_same, list_checkpoints
 from normtune.errors import InputError
 from normtune.progress import say
 from normtune.recipe import Recipe, load_recipe, override_texts
-from normtune.runlog import Run
+from normtune.runlog import Run, read_lines
 from normtune.strategy import Report, restore
 from normtune.training.evaluating import Evaluate, base_facts
 from normtune.training.loop import apply_stage, run_stage
@@ -73,6 +73,8 @@ def train(
     check_lora_order(recipe)
     run = Run(Path(out) if out else Path("runs") / recipe.name)
     resume = resume or restarted()
+    if resume and not run.recipe.is_file() and list_checkpoints(run.checkpoints):
+        raise InputError(f"{run.folder} has checkpoints and no recipe.yaml; put it back, or choose another --out")
     changed = check_same(recipe, run, force) if resume and run.recipe.is_file() else {}
     if resume and (run.adapter / "adapter.json").is_file():
         if not quiet:
@@ -92,7 +94,7 @@ def train(
                 report = run_stage(loop, index, step)
                 step = 0
     except InputError:
-        nothing = fresh and not list_checkpoints(run.checkpoints)
+        nothing = fresh and not any("loss" in line for line in read_lines(run.log))
         if nothing and loop.accelerator.is_main_process:  # leave no run in the way
             shutil.rmtree(run.folder, ignore_errors=True)
         raise

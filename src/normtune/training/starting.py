@@ -18,7 +18,7 @@ from normtune.errors import InputError
 from normtune.features import prepare_features
 from normtune.progress import say
 from normtune.recipe import Recipe, to_yaml
-from normtune.runlog import Run
+from normtune.runlog import Run, write_text
 from normtune.sharding import join, shard
 from normtune.step import check_rates
 from normtune.strategy import check
@@ -78,11 +78,15 @@ def start(recipe: Recipe, run: Run, resume: bool, quiet: bool) -> Loop:
     if accelerator.is_main_process and not run.recipe.is_file():
         if resume:
             say(f"no run to resume in {run.folder}: starting from the beginning")
-        Run.create(run.folder, to_yaml(recipe))
+        if resume and run.folder.is_dir():  # a scheduler's files may be there
+            write_text(run.recipe, to_yaml(recipe))
+        else:
+            Run.create(run.folder, to_yaml(recipe))
     accelerator.wait_for_everyone()
-    if skipped is not None:  # a file for each process
+    if skipped is not None:  # a file for each process; what all have found in the files stands in the first one's
         at = accelerator.process_index
-        skipped.keep(run.folder / (f"skipped.{at}.jsonl" if at else "skipped.jsonl"))
+        with accelerator.main_process_first():
+            skipped.keep(run.folder / (f"skipped.{at}.jsonl" if at else "skipped.jsonl"))
     return Loop(recipe, run, accelerator, model, processor, mixtures, quiet, prepared, skipped)
 
 
