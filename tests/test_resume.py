@@ -22,7 +22,7 @@ from command import run as command
 from normtune import checkpoint, step
 from normtune.errors import InputError, JobError
 from normtune.recipe import load_recipe
-from normtune.training import Interrupted, guarding, train
+from normtune.training import Interrupted, guarding, stopping, train
 from normtune.training import loop as stage_loop
 from runs import Tensors, adapter, assert_same, checkpoints, lines, steps
 from toys import toy_data, toy_recipe
@@ -154,6 +154,43 @@ def test_a_signal_within_an_accumulation(
     train(recipe, out=tmp_path / "whole", quiet=True)
     assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / "cut"))
     assert steps(tmp_path / "cut") == NAMES  # no step twice
+
+
+def test_a_signal_that_is_passed_on_is_no_second_one(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all processes of a job are told to end, torchrun tells those that it started once more."""
+
+    def twice() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    recipe["save_every"] = "10m"
+    on_loss(monkeypatch, 4, twice)
+    assert interrupted(recipe, out=tmp_path / "run").exit_code == 143
+    assert checkpoints(tmp_path / "run") == ["align-4"]
+    monkeypatch.setattr(stopping, "ONE", 0.0)
+    on_loss(monkeypatch, 1, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, out=tmp_path / "run", resume=True, quiet=True)
+
+
+def test_what_no_step_has_changed_is_not_tuned_after_a_resume_either(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text alone does not reach the connector: the adapter has none, interrupted or not."""
+    turns = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello."}]
+    (tmp_path / "text.json").write_text(json.dumps([{"conversations": turns}] * 8))
+    recipe["stages"][0]["data"] = [{"path": str(tmp_path / "text.json")}]
+    recipe["stages"][1]["strategy"] = "layernorm-simple"
+    train(recipe, out=tmp_path / "whole", quiet=True)
+    for name, number in (("within", 3), ("after", 6)):
+        with monkeypatch.context() as patch:
+            on_loss(patch, number, lambda: (signal.raise_signal(signal.SIGINT), None)[1])
+            interrupted(recipe, out=tmp_path / name)
+        train(recipe, out=tmp_path / name, resume=True, quiet=True)
+        assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / name))
+    assert not any("projector" in name for name in adapter(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("at", [("align", 1), ("align", 6), ("instruct", 5)], ids=str)
@@ -384,6 +421,21 @@ def test_resume_without_a_run_starts_over_and_says_so(
     assert (tmp_path / "run" / "adapter" / "adapter.json").is_file()
 
 
+def test_resume_in_a_folder_that_holds_other_files(
+    recipe: dict[str, Any], done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as a scheduler's. Checkpoints whose recipe is lost are no such files."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "slurm-1.out").write_text("started")
+    train(recipe, out=tmp_path / "run", resume=True)
+    assert "starting from the beginning" in capsys.readouterr().err
+    assert_same(adapter(done), adapter(tmp_path / "run"))
+    folder = cut_to(done, tmp_path / "lost", "instruct", 4)
+    (folder / "recipe.yaml").unlink()
+    with pytest.raises(InputError, match=r"checkpoints and no recipe\.yaml"):
+        train(recipe, out=folder, resume=True, quiet=True)
+
+
 def test_exit_codes_of_the_command(
     recipe: dict[str, Any], done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +503,34 @@ def test_steps_are_not_left_out_for_ever(
     monkeypatch.setattr(guarding, "IN_A_ROW", 4)
     with pytest.raises(JobError, match="4 steps in a row skipped; the last: align, step 4"):
         train({**recipe, "on_nonfinite": "skip"}, out=tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("fault", ["long", "broken"])
+def test_a_step_without_a_usable_sample_is_left_out(
+    fault: str, recipe: dict[str, Any], toys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its samples are broken, and the recipe leaves such out; or nothing of them is left within `max_length`."""
+    shutil.copytree(toys, tmp_path / "data")
+    samples = json.loads((toys / "data.json").read_text())
+    for number in range(8):
+        if fault == "broken":
+            (tmp_path / "data" / "images" / f"{number}.png").write_bytes(b"no image")
+        else:
+            samples[number]["conversations"][0]["value"] += " again" * 200
+    (tmp_path / "data" / "data.json").write_text(json.dumps(samples))
+    source = {"path": str(tmp_path / "data" / "data.json"), "images": str(tmp_path / "data" / "images")}
+    for stage in recipe["stages"]:
+        stage.update(data=[source], batch_size=1, max_steps=24, max_length=200)
+    if fault == "broken":
+        recipe.update(bad_samples="skip", max_bad=8)
+    train(recipe, out=tmp_path / "run", quiet=True)
+    log = lines(tmp_path / "run")
+    left_out = [(line["stage"], line["step"]) for line in log if line.get("event") == "nothing to learn"]
+    made = steps(tmp_path / "run")
+    assert len(left_out) == 16 and len(made) == 32 and not set(left_out) & set(made)
+    monkeypatch.setattr(guarding, "IN_A_ROW", 1)
+    with pytest.raises(JobError, match=r"1 steps in a row skipped; the last: align.*no sample has a supervised token"):
+        train(recipe, out=tmp_path / "other", quiet=True)
 
 
 def test_full_disk_keeps_the_checkpoint_before(
@@ -548,6 +628,18 @@ def test_a_folder_that_was_there_before_is_never_removed(recipe: dict[str, Any],
         with pytest.raises(InputError, match="a broken image"):
             train(recipe, out=tmp_path / "run", resume=True, quiet=True)
     assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()
+
+
+def test_a_run_that_has_made_steps_is_never_removed(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log, and the best adapter, are there without a checkpoint; a run that has made none is not in the way."""
+    recipe["save_every"] = "10m"
+    for number in (3, 1):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="a broken image"):
+            on_loss(patch, number, raise_input_error)
+            train(recipe, out=tmp_path / f"run-{number}", quiet=True)
+    assert len(steps(tmp_path / "run-3")) == 2 and not (tmp_path / "run-1").exists()
 
 
 def raise_input_error() -> None:

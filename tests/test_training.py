@@ -340,6 +340,10 @@ def test_torn_log_line_harms_no_other(tmp_path: Path) -> None:
     log.write_text('{"a": 1}\n{"a": 2')
     runlog.append_line(log, {"a": 3})
     assert runlog.read_lines(log) == [{"a": 1}, {"a": 3}]
+    with log.open("ab") as file:
+        file.write('{"a": "é'.encode()[:-1])  # cut off within a letter
+    runlog.append_line(log, {"a": "\u2028"})  # an end of a line to `splitlines`
+    assert runlog.read_lines(log) == [{"a": 1}, {"a": 3}, {"a": "\u2028"}]
 
 
 def test_text_alone_does_not_reach_the_connector_and_that_is_fine(recipe: dict[str, Any], tmp_path: Path) -> None:
