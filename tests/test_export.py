@@ -332,7 +332,8 @@ def test_merge_of_several_and_between_two(
     wrong = [
         (["a", "b", "--weights", "1"], "one weight for each"), (["a", "b", "--weights", "1,x"], "--weights 1,x"),
         (["a", "b", "--weights", "1,1"], "sum to 2"), (["a", "--interpolate"], "between two adapters"),
-        (["a", "a"], "named twice"), (["a", "b", "--dtype", "float32"], "--dtype"), (["a", "none"], "no adapter in none"),
+        (["a", "a"], "named twice"), (["a", "b", "--dtype", "float32"], "--dtype"),
+        (["a", "none"], "no adapter in none"),
         (["a", "--benchmarks", "pope"], "normtune evaluate"), (["a", "b", "--interpolate", "--shares", "2"], "share 2"),
     ]  # fmt: skip
     for arguments, words in wrong:
