@@ -28,6 +28,7 @@ from normtune.errors import InputError
 from normtune.evaluation import answer
 from normtune.serving import Closed, Engine, Job, Piece, QueueFull, Sampling, open_base
 from normtune.serving.sampling import Sampler, choose
+from normtune.serving.slots import ROOM, Row, Slots
 from normtune.serving.text import Text
 from normtune.strategy import tuning
 
@@ -545,23 +546,25 @@ def test_a_batch_that_waits_survives_a_forward_that_raises(tmp_path: Path, monke
     sliding(tmp_path / "model")
     model, processor = nt.load(str(tmp_path / "model"))
     asks = [Ask(f"Is thing {n} there?", n, length=8) for n in range(3)]
-    with bank(model) as held, Engine(held, processor) as engine:
-        expected = [(asked(engine, ask), asked(engine, ask, temperature=1.0, seed=1)) for ask in asks]
-        assert not engine.joins
-        forward, calls = model.forward, []
+    forward, sizes = model.forward, []
 
-        def broken(*args: Any, **kwargs: Any) -> Any:
-            calls.append(len(kwargs["input_ids"]))
-            if len(calls) == 4:
-                raise RuntimeError("out of something")
-            return forward(*args, **kwargs)
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        if len(sizes) == 4:
+            raise RuntimeError("out of something")
+        return forward(*args, **kwargs)
 
-        monkeypatch.setattr(model, "forward", broken)
-        told = [Told() for _ in range(6)]
+    with bank(model) as held:
+        with Engine(held, processor) as engine:
+            expected = [(asked(engine, ask), asked(engine, ask, temperature=1.0, seed=1)) for ask in asks]
+            assert not engine.joins
+        engine, told = Engine(held, processor), [Told() for _ in range(6)]
         for number, one in enumerate(told):
             submit(engine, asks[number // 2], one, temperature=float(number % 2), seed=1)
-        assert [(a.text(), b.text()) for a, b in zip(told[::2], told[1::2], strict=True)] == expected
-        assert len(calls) > 10
+        monkeypatch.setattr(model, "forward", broken)
+        with engine:
+            assert [(a.text(), b.text()) for a, b in zip(told[::2], told[1::2], strict=True)] == expected
+        assert sizes[:4] == [6] * 4 and set(sizes[4:]) == {1}
 
 
 def test_numbers_that_are_not_finite_stay_in_their_row(
@@ -585,6 +588,29 @@ def test_numbers_that_are_not_finite_stay_in_their_row(
         monkeypatch.setattr(slots, "join", real)
         assert asked(engine, Ask("Three", 2, "whole")).strip() == reference(Ask("Three", 2, "whole"))
         keep.text()
+
+
+def test_slots_make_room_and_give_it_back(pair: Any) -> None:
+    """Room follows the rows that are there: long ones that left cost nothing, and without rows there is nothing."""
+    slots, base = Slots(pair.bank, 0), pair.bank.entry(None)
+
+    def join(*lengths: int) -> None:
+        rows = [Row(base, [5 + n % 90 for n in range(length)], []) for length in lengths]
+        slots.join(rows, slots.prefill(rows)[1])
+
+    def room() -> tuple[int, ...]:
+        return tuple(slots._cache.layers[0].keys.shape)  # type: ignore[union-attr]
+
+    with torch.inference_mode():
+        join(5, 400, 9)
+        assert room() == (3, 2, 400 + 1 + ROOM, 8)
+        assert slots.leave([1]) == [0, 2] and slots.lengths == [5, 9]
+        join(7)
+        assert room() == (3, 2, 9 + 1 + ROOM, 8)
+        assert all(slots.step([1] * len(slots)).shape[0] == 3 for _ in range(ROOM))
+        join(3)
+        assert room()[0] == 4 + 2 and room()[2] > 9 + ROOM
+        assert slots.leave([0, 1, 2, 3]) == [] and not slots._cache.layers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

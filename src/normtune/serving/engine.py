@@ -97,7 +97,8 @@ class Engine:
         self._queue: deque[Job] = deque()
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._closing = self._dropping = False
+        self._taken: list[Job] = []
+        self._closing = False
         self._admitted = self._finished = self._tokens = self._steps = 0
 
     def start(self) -> None:
@@ -126,13 +127,13 @@ class Engine:
     def _drop(self) -> None:
         """Cancels all that waits or runs."""
         with self._change:
-            self._dropping = True
             waiting = list(self._queue)
             self._queue.clear()
+            running = [*self._taken, *self._runner.jobs]
         for job in waiting:
             job.end("cancelled")
         self._finished += len(waiting)
-        for job in list(self._runner.jobs):
+        for job in running:
             job.cancel()
 
     def __enter__(self) -> Engine:
@@ -216,14 +217,12 @@ class Engine:
                 self._change.wait()
             if not (self._queue or running):
                 return None
-            return [self._queue.popleft() for _ in range(min(len(self._queue), self.slots - running))]
+            self._taken = [self._queue.popleft() for _ in range(min(len(self._queue), self.slots - running))]
+            return self._taken
 
     def _turn(self, jobs: list[Job]) -> None:
         """Admits `jobs` and makes a step."""
         self._admitted += len(jobs)
-        if self._dropping:
-            for job in [*self._runner.jobs, *jobs]:
-                job.cancel()
         for job in jobs:
             if job.cancelled:
                 job.end("cancelled")
@@ -239,7 +238,8 @@ def positions(model: Any) -> int | None:
     by the length of what is in the batch."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    found = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
+    stretched = isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope")
+    found = rope.get("original_max_position_embeddings") if stretched else None
     return found or getattr(config, "max_position_embeddings", None)
 
 

@@ -15,6 +15,7 @@ from normtune.serving.prompts import Prompt
 from normtune.serving.sampling import Sampler, Sampling
 from normtune.serving.text import Text
 
+GREEDY = 1e-5  # a temperature up to that divides logits out of their range
 Finish = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -46,7 +47,7 @@ class Job:
         self.prompt, self.sampling = prompt, sampling
         self.prompt_tokens, self.tokens, self.done = prompt.tokens, 0, False
         self.cancelled = False
-        self.sampler = Sampler(sampling) if sampling.temperature > 0 else None
+        self.sampler = Sampler(sampling) if sampling.temperature > GREEDY else None
         self._text, self._on_piece = Text(tokenizer, sampling.stop), on_piece
         self._kept: list[str] | None = [] if whole else None
 

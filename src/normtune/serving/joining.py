@@ -48,13 +48,15 @@ class Joining:
             self._step_alone()
         else:
             tokens = choose(logits, [job.sampler for job in self.jobs], self.never)
-            self._take(tokens)
+            self._take(0, tokens)
         self._sweep()
 
     def fail(self, error: Exception) -> None:
+        """Ends all jobs; whatever state the slots are in, they are empty now."""
         for job in self.jobs:
             job.fail(error)
-        self._sweep()
+        self.jobs, self._tokens = [], []
+        self.slots = Slots(self.bank, self.slots.pad)
 
     def _try(self, group: Sequence[Job]) -> None:
         try:
@@ -72,10 +74,11 @@ class Joining:
         rows = [Row(prompt.adapter, prompt.ids, own) for prompt, own in zip(prompts, images, strict=True)]
         logits, cache = self.slots.prefill(rows)
         tokens = choose(logits, [job.sampler for job in group], self.never)
-        going = [n for n, (job, token) in enumerate(zip(group, tokens, strict=True)) if not job.take(token, self.stops)]
-        self.slots.join(rows, cache, going)
-        self.jobs += [group[number] for number in going]
-        self._tokens += [token for number in going if isinstance(token := tokens[number], int)]
+        self.slots.join(rows, cache)  # before anybody is told anything: a group that fails here is tried again
+        self.jobs += group
+        self._tokens += [0] * len(group)
+        self._take(len(self.jobs) - len(group), tokens)
+        self._sweep()
 
     def _step_alone(self) -> None:
         for number, job in enumerate(self.jobs):
@@ -84,12 +87,12 @@ class Joining:
                 (token,) = choose(logits, [job.sampler], self.never)
             except Exception as error:
                 token = error
-            if not job.take(token, self.stops) and isinstance(token, int):
-                self._tokens[number] = token
+            self._take(number, [token])
 
-    def _take(self, tokens: Sequence[int | Exception]) -> None:
-        for number, (job, token) in enumerate(zip(self.jobs, tokens, strict=True)):
-            if not job.take(token, self.stops) and isinstance(token, int):
+    def _take(self, start: int, tokens: Sequence[int | Exception]) -> None:
+        """Tells the jobs from number `start` on their next tokens."""
+        for number, token in enumerate(tokens, start):
+            if not self.jobs[number].take(token, self.stops) and isinstance(token, int):
                 self._tokens[number] = token
 
     def _sweep(self) -> None:

@@ -100,19 +100,17 @@ class Slots:
             raise TypeError("not a plain cache of keys and values")
         return out.logits[:, -1], cache
 
-    def join(self, rows: Sequence[Row], cache: Any, chosen: Sequence[int]) -> None:
-        """Adds those of `rows` (numbers in `chosen`) that go on, with what `prefill` computed of them."""
-        if not chosen:
-            return
-        start, total = len(self), len(self) + len(chosen)
-        lengths = [len(rows[number].ids) for number in chosen]
+    def join(self, rows: Sequence[Row], cache: Any) -> None:
+        """Adds rows, with the keys and values that `prefill` computed of them."""
+        start, total = len(self), len(self) + len(rows)
+        lengths = [len(row.ids) for row in rows]
         self._fit(total, max([*self.lengths, *lengths]) + 1, cache)
         for mine, layer in zip(self._cache.layers, cache.layers, strict=True):
             for kept, new in ((mine.keys, layer.keys), (mine.values, layer.values)):
                 kept[start:total] = 0  # what another row left may not be finite, and 0 times that would count
-                for slot, (number, length) in enumerate(zip(chosen, lengths, strict=True), start):
-                    kept[slot, :, :length] = new[number, :, new.shape[2] - length :]
-        self.entries += [rows[number].entry for number in chosen]
+                for number, length in enumerate(lengths):
+                    kept[start + number, :, :length] = new[number, :, new.shape[2] - length :]
+        self.entries += [row.entry for row in rows]
         self.lengths += lengths
         self._chosen = None
 
@@ -226,7 +224,7 @@ def _joins(bank: Bank, pad: int, tokens: int) -> bool:
         begun = [Row(base, texts[number][: starts[number]], []) for number in some]
         logits, cache = slots.prefill(begun)
         found.extend((number, starts[number], logits[place]) for place, number in enumerate(some))
-        slots.join(begun, cache, range(len(some)))
+        slots.join(begun, cache)
         rows.extend(some)
 
     def step() -> None:
