@@ -72,11 +72,15 @@ def serve(
                 from normtune.serving.ui import mount
 
                 mount(app, engine, settings=settings)
-                say(f"page at {where}/ui")
-            say(f"serving {', '.join([base_name, *bank.names])} at {where}/v1")
-            if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
-                say("anyone who reaches this address may ask: give --api-key")
-            run(app, engine, settings, listener)
+
+            def ready() -> None:
+                if ui:
+                    say(f"page at {where}/ui")
+                if api_key is None and host not in ("127.0.0.1", "localhost", "::1"):
+                    say("anyone who reaches this address may ask: give --api-key")
+                say(f"serving {', '.join([base_name, *bank.names])} at {where}/v1")
+
+            run(app, engine, settings, listener, ready)
 
 
 def need(module: str, extra: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -43,17 +44,27 @@ class Forced(NormtuneError):
 
 
 class Server(uvicorn.Server):
-    """uvicorn with signals as the commands of normtune have them. `forced` is the signal that came second, or None."""
+    """uvicorn with signals as the commands of normtune have them. `ready` is called when requests are accepted;
+    `forced` is the signal that came second, or None."""
 
-    def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
+    def __init__(self, app: FastAPI, settings: ServerSettings, ready: Callable[[], None] = lambda: None) -> None:
         options = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
         # nothing that was accepted takes longer than its time limit; the page's open event streams would never end
         patience = int(settings.timeout + 2 * DRAIN_SECONDS) + 1
         super().__init__(
             uvicorn.Config(app, http="h11", ws="none", timeout_graceful_shutdown=patience, **options)  # type: ignore[arg-type]
         )
-        self.app = app
+        self.app, self.ready = app, ready
         self.forced: signal.Signals | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves it out then, and it would end in a traceback
+            await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal: answers what was accepted. The second: ends now."""
@@ -64,13 +75,15 @@ class Server(uvicorn.Server):
         say("finishing the requests that were accepted; once more to stop at once")
 
 
-def run(app: FastAPI, engine: Engine, settings: ServerSettings, listener: socket.socket) -> None:
-    """Serves at `listener` until a signal comes.
+def run(
+    app: FastAPI, engine: Engine, settings: ServerSettings, listener: socket.socket, ready: Callable[[], None]
+) -> None:
+    """Serves at `listener` until a signal comes; calls `ready` when requests are accepted.
 
     Raises:
         Forced: a second signal came.
     """
-    server = Server(app, settings)
+    server = Server(app, settings, ready)
     engine.start()
     try:
         server.run(sockets=[listener])
