@@ -323,6 +323,9 @@ def test_closing_gives_the_model_back(dtype: torch.dtype) -> None:
     with nt.bank(model, {"a": adapter(model, 1, "layernorm")}) as bank:
         by_row(bank, ["a"] * 4, input_ids=words())
         assert bank.bytes > 0
+        entries = [bank.entry("a")]
+    with pytest.raises(InputError, match="closed"), bank.rows(entries):
+        pass
     assert not any("forward" in vars(module) for module in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert torch.equal(logits(model, input_ids=words()), before) and bank.names == []
@@ -381,6 +384,15 @@ def test_threads_run_on_their_own_selections() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_norm_that_the_model_does_not_call_as_a_module() -> None:
+    model = text_model("llama")
+    bank = nt.bank(model, {"a": adapter(model, 1)})
+    norm = model.model.layers[0].input_layernorm
+    model.model.layers[0].input_layernorm.__class__ = type("Direct", (type(norm),), {"__call__": type(norm).forward})
+    with pytest.raises(InputError, match="input_layernorm is no module that the model calls"):
+        bank.generate(adapters=["a"] * 4, input_ids=words(), max_new_tokens=1, pad_token_id=0)
 
 
 def test_a_request_keeps_the_adapter_that_it_began_with() -> None:

@@ -66,6 +66,7 @@ class Bank:
         self._ways = self._find_ways()
         self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
+        self._closed = False
         self._current = Current()
         self._selections: OrderedDict[tuple[int, ...], Selection] = OrderedDict()
         kinds = {**dict.fromkeys(self._layout.norms, "norm"), **self._layout.others}
@@ -131,11 +132,13 @@ class Bank:
         check_fit(self._inner, adapter, where)
         entry = entry_of(self._inner, self._layout, self._base, name, adapter, gate)
         with self._lock:
+            self._check_open()
             if name in self._entries and not replace:
                 raise InputError(
                     f"adapter {name!r} is in the bank already; replace it (replace=True) or choose another"
                 )
             self._entries = {**self._entries, name: entry}
+            self._selections.clear()  # of an adapter that was replaced
 
     def remove(self, name: str) -> None:
         """Takes an adapter out; batches that run on it finish on it.
@@ -146,6 +149,7 @@ class Bank:
         with self._lock:
             self.entry(name)
             self._entries = {key: entry for key, entry in self._entries.items() if key != name}
+            self._selections.clear()
 
     def entry(self, name: str | None) -> Entry:
         """An adapter as it is now; None: the base.
@@ -162,9 +166,14 @@ class Bank:
         return entries[name]
 
     def select(self, entries: Sequence[Entry]) -> Selection:
-        """What the rows of a batch need, for many steps; that of the last compositions is kept."""
+        """What the rows of a batch need, for many steps; that of the last compositions is kept.
+
+        Raises:
+            InputError: no rows, or the bank is closed.
+        """
         key = tuple(map(id, entries))
         with self._lock:
+            self._check_open()
             if key not in self._selections:
                 self._selections[key] = Selection(self._layout, self._ways, entries)
                 if len(self._selections) > KEPT:
@@ -179,6 +188,7 @@ class Bank:
         Args:
             images: row of the k-th image that the connector sees; needed where connectors differ.
         """
+        self._check_open()
         current = self._current
         before = current.selection, current.images
         current.selection = entries if isinstance(entries, Selection) else self.select(entries)
@@ -217,21 +227,30 @@ class Bank:
             raise InputError("a bank generates one sequence per row; leave out num_beams and num_return_sequences")
         silent = self.never_sampled
         counts = [int(n) for n in torch.isin(ids, ids.new_tensor(silent)).sum(1)] if silent else [0] * len(ids)
-        entries = [self.entry(name).for_request(count > 0) for name, count in zip(adapters, counts, strict=True)]
         pixels = inputs.get("pixel_values")
+        shown = [count > 0 or (not silent and pixels is not None) for count in counts]
+        entries = [self.entry(name).for_request(has_image) for name, has_image in zip(adapters, shown, strict=True)]
         images = rows_of_images(counts, len(pixels)) if isinstance(pixels, torch.Tensor) else []
         suppressed = {*silent, *(inputs.pop("suppress_tokens", None) or self._own_suppressed())}
         if suppressed:
             inputs["suppress_tokens"] = sorted(suppressed)
-        with self.rows(entries, images):
-            return self.model.generate(**inputs)  # type: ignore[operator,no-any-return]
+        selection = self.select(entries)
+        with self.rows(selection, images):
+            found: torch.Tensor = self.model.generate(**inputs)  # type: ignore[operator]
+        selection.check()
+        return found
 
     def _own_suppressed(self) -> list[int]:
         return getattr(getattr(self._inner, "generation_config", None), "suppress_tokens", None) or []
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError("the bank is closed; make another one on the model")
+
     def close(self) -> None:
-        """The model's own forwards again; the bank is empty."""
+        """The model's own forwards again; the bank is empty and cannot be used any more."""
         with self._lock:
+            self._closed = True
             for name in (*self._layout.norms, *self._layout.others):
                 put_back(self._inner.get_submodule(name), Banked)
             self._entries = {}

@@ -9,7 +9,7 @@ others are in the batch. Nothing of the model is exchanged: twins hold the gathe
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -162,6 +162,16 @@ class Selection:
             )
         return picked(self.groups([modules[row] for row in images]), base, *args, **kwargs)
 
+    def check(self) -> None:
+        """After a forward of the model: raises InputError where it did not call a norm of which rows have gains."""
+        called = {name for name, _ in self.forwards}
+        missing = [name for name in self.layout.norms if any(name in e.touched for e in self.entries)]
+        missing = [name for name in missing if name not in called]
+        if missing:
+            raise InputError(
+                f"{missing[0]} is no module that the model calls, so rows have no gains of their own there"
+            )
+
     def groups(self, modules: Sequence[nn.Module | None]) -> Groups:
         """Distinct modules and their places, in order of first use."""
         rows: dict[int, list[int]] = {}
@@ -176,29 +186,32 @@ def runs(module: nn.Module | None, base: Forward) -> Callable[..., torch.Tensor]
 
 def picked(groups: Groups, base: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Each distinct module on all rows, and of its result the rows that are its own."""
-    module, _ = groups[0]
-    result = runs(module, base)(*args, **kwargs)
-    for module, rows in groups[1:]:
-        result = result.index_copy(0, rows, runs(module, base)(*args, **kwargs).index_select(0, rows))
-    return result
+    results = ((rows, runs(module, base)(*args, **kwargs)) for module, rows in groups)
+    return joined(groups, ((rows, result if len(groups) == 1 else result[rows]) for rows, result in results))
 
 
 def group_by_group(groups: Groups, base: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Each distinct module on its own rows alone: lookups and norms, whose rows know nothing of one another."""
-    if len(groups) == 1:
-        return runs(groups[0][0], base)(*args, **kwargs)
     size = sum(len(rows) for _, rows in groups)
-    result = None
-    for module, rows in groups:
-        some = [rows_of(value, rows, size) for value in args]
-        part = runs(module, base)(*some, **{key: rows_of(value, rows, size) for key, value in kwargs.items()})
+
+    def some(value: Any, rows: torch.Tensor) -> Any:
+        batched = isinstance(value, torch.Tensor) and value.shape[:1] == (size,) and len(groups) > 1
+        return value[rows] if batched else value
+
+    parts = (
+        (rows, runs(module, base)(*(some(v, rows) for v in args), **{k: some(v, rows) for k, v in kwargs.items()}))
+        for module, rows in groups
+    )
+    return joined(groups, parts)
+
+
+def joined(groups: Groups, parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Rows and what was computed for them, as one batch."""
+    size, result = sum(len(rows) for _, rows in groups), None
+    for rows, part in parts:
+        if len(groups) == 1:
+            return part
         result = part.new_empty(size, *part.shape[1:]) if result is None else result
-        result = result.index_copy(0, rows, part)
+        result[rows] = part
     assert result is not None
     return result
-
-
-def rows_of(value: Any, rows: torch.Tensor, size: int) -> Any:
-    """The rows of a tensor with a batch in front; the rest as it is."""
-    batched = isinstance(value, torch.Tensor) and value.dim() > 0 and value.shape[0] == size
-    return value.index_select(0, rows) if batched else value
