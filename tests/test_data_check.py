@@ -311,6 +311,25 @@ def test_ledger(tmp_path: Path) -> None:
     assert len(again.reasons) == 3 and len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 3
 
 
+def test_ledgers_of_several_processes_are_one(tmp_path: Path) -> None:
+    """Each process opens other images: the bound is of all, and each sample is named once."""
+    ledgers = [Skipped(3), Skipped(3)]
+    for n, ledger in enumerate(ledgers):
+        ledger("f.json, item 1", "empty")  # all read the file
+        ledger.keep(tmp_path / ("skipped.1.jsonl" if n else "skipped.jsonl"))
+    ledgers[0]("f.json, item 2", "torn")
+    ledgers[1]("f.json, item 3", "torn")
+    ledgers[1]("f.json, item 2", "torn")  # the next epoch gives it to the other one
+    with pytest.raises(JobError, match=r"4 samples cannot be used, and max_bad allows 3.*\nf.json, item 4: torn\n"):
+        ledgers[0]("f.json, item 4", "torn")
+    lines = {path.name: path.read_text().splitlines() for path in tmp_path.iterdir()}
+    assert [json.loads(line)["what"][-1] for line in lines["skipped.jsonl"]] == ["1", "2", "4"]
+    assert [json.loads(line)["what"][-1] for line in lines["skipped.1.jsonl"]] == ["3"]
+    alone = Skipped(3)
+    with pytest.raises(JobError, match=r"4 samples .*\n.*\n.* Once they are mended, remove .*skipped\*\.jsonl\."):
+        alone.keep(tmp_path / "skipped.jsonl")
+
+
 def spoiled(folder: Path) -> list[dict[str, Any]]:
     """A sample of which no image opens, one whose answer is empty, in the toys' data."""
     items = json.loads((toy_data(folder) / "data.json").read_text())

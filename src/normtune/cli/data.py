@@ -36,9 +36,9 @@ def check(
 ) -> None:
     """Read every sample and every image of a recipe's stages, and say what training would refuse, cut or regret.
 
-    Exits with 1 where a training would stop: more bad samples in all stages than `max_bad` (with `bad_samples: error`: any
-    at all), or a file that cannot be read to its end; samples with nothing to learn count as well. Of the model the
-    tokenizer and the vision encoder are read.
+    Exits with 1 where a training would stop: more bad samples in all stages than `max_bad` (with `bad_samples: error`:
+    any at all), or a file that cannot be read to its end; samples with nothing to learn count as well. Of the model
+    the tokenizer and the vision encoder are read.
 
     Example: normtune data check recipe.yaml --html check.html
     """

@@ -21,7 +21,8 @@ class Skipped:
 
     Attributes:
         most: of samples that may be left out: a number (int), or a share of all samples (float).
-        reasons: where -> why, of every sample left out so far, by an interrupted run before this one too.
+        reasons: where -> why, of every sample that this process left out so far, and of those that others of the same
+            training had left out when `keep` was called: an interrupted one too. The bound counts all of theirs.
     """
 
     def __init__(self, most: int | float) -> None:
@@ -35,7 +36,7 @@ class Skipped:
         if where in self.reasons:
             return
         self.reasons[where] = why
-        if self._path is not None:
+        if self._path is not None and where not in self._written():
             append_line(self._path, {"what": where, "why": why})
         self._check()
 
@@ -46,27 +47,38 @@ class Skipped:
 
     def keep(self, path: Path) -> None:
         """Writes what was recorded so far, and from now on each further sample, as lines {"what", "why"} of a file.
-        What an earlier process wrote there counts as recorded. JobError where it cannot be written."""
-        earlier = {line["what"]: line["why"] for line in read_lines(path) if {"what", "why"} <= line.keys()}
+        What an earlier process or another of the same training (`skipped.1.jsonl`) wrote there counts as recorded.
+        JobError where it cannot be written."""
+        self._path = path
+        earlier = self._written()
         for where, why in self.reasons.items():
             if where not in earlier:
                 append_line(path, {"what": where, "why": why})
         self.reasons = earlier | self.reasons
-        self._path = path
         self._check()
 
+    def _written(self) -> dict[str, str]:
+        """What all processes of this training have written, this one's last."""
+        if self._path is None:
+            return {}
+        files = sorted(self._path.parent.glob(f"{self._path.name.partition('.')[0]}*.jsonl"))
+        lines = [line for file in sorted(files, key=self._path.__eq__) for line in read_lines(file)]
+        return {line["what"]: line["why"] for line in lines if {"what", "why"} <= line.keys()}
+
     def _check(self) -> None:
+        reasons = self._written() | self.reasons
         if isinstance(self.most, int):
             allowed = self.most
         elif self._total is None:  # a share of what is not known yet
             return
         else:
             allowed = int(self.most * self._total)
-        if len(self.reasons) > allowed:
-            where, why = list(self.reasons.items())[-1]
+        if len(reasons) > allowed:
+            where, why = list(reasons.items())[-1]
             of = "" if self._total is None else f" of {self._total:,}"
-            reason = why.partition("\n")[0]
+            files = "" if self._path is None else f"{self._path.parent}/skipped*.jsonl"
             raise JobError(
-                f"{len(self.reasons):,} samples{of} cannot be used, and max_bad allows {allowed:,}; the last of them:\n"
-                f"{where}: {reason}\n`normtune data check RECIPE` lists them all."
+                f"{len(reasons):,} samples{of} cannot be used, and max_bad allows {allowed:,}; the last of them:\n"
+                f"{where}: {why.partition(chr(10))[0]}\n`normtune data check RECIPE` lists them all."
+                + (f" Once they are mended, remove {files}." if files else "")
             )
