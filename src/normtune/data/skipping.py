@@ -36,7 +36,7 @@ class Skipped:
         if where in self.reasons:
             return
         self.reasons[where] = why
-        if self._path is not None and where not in self._written():
+        if self._path is not None and where not in self._others():
             append_line(self._path, {"what": where, "why": why})
         self._check()
 
@@ -50,29 +50,29 @@ class Skipped:
         What an earlier process or another of the same training (`skipped.1.jsonl`) wrote there counts as recorded.
         JobError where it cannot be written."""
         self._path = path
-        earlier = self._written()
+        earlier = self._others() | written(path)
         for where, why in self.reasons.items():
             if where not in earlier:
                 append_line(path, {"what": where, "why": why})
         self.reasons = earlier | self.reasons
         self._check()
 
-    def _written(self) -> dict[str, str]:
-        """What all processes of this training have written, this one's last."""
+    def _others(self) -> dict[str, str]:
+        """What other processes of this training have written by now."""
         if self._path is None:
             return {}
         files = sorted(self._path.parent.glob(f"{self._path.name.partition('.')[0]}*.jsonl"))
-        lines = [line for file in sorted(files, key=self._path.__eq__) for line in read_lines(file)]
-        return {line["what"]: line["why"] for line in lines if {"what", "why"} <= line.keys()}
+        return {where: why for file in files if file != self._path for where, why in written(file).items()}
 
     def _check(self) -> None:
-        reasons = self._written() | self.reasons
         if isinstance(self.most, int):
             allowed = self.most
         elif self._total is None:  # a share of what is not known yet
             return
         else:
             allowed = int(self.most * self._total)
+        others = self._others()
+        reasons = others | self.reasons if others else self.reasons
         if len(reasons) > allowed:
             where, why = list(reasons.items())[-1]
             of = "" if self._total is None else f" of {self._total:,}"
@@ -82,3 +82,8 @@ class Skipped:
                 f"{where}: {why.partition(chr(10))[0]}\n`normtune data check RECIPE` lists them all."
                 + (f" Once they are mended, remove {files}." if files else "")
             )
+
+
+def written(path: Path) -> dict[str, str]:
+    """Where -> why, of a ledger's file."""
+    return {line["what"]: line["why"] for line in read_lines(path) if {"what", "why"} <= line.keys()}
