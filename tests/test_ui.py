@@ -29,6 +29,8 @@ pytestmark = pytest.mark.heavy
 class FakeEngine:
     """Answers say what was asked: by which model, how many pictures, which turn. "slow" goes on until it is stopped."""
 
+    max_context = 100
+
     def __init__(self, wait: float = 0.0) -> None:
         self.bank, self.wait, self.cancelled = SimpleNamespace(names=["colours", "shapes"]), wait, 0
 
@@ -38,12 +40,13 @@ class FakeEngine:
         if "long" in turns[-1].text:
             raise InputError("the conversation has 900 tokens, but the model's context 512")
         assert sum(turn.text.count("<image>") for turn in turns) == len(images)
-        return SimpleNamespace(turns=turns, images=images, adapter=adapter)
+        return SimpleNamespace(turns=turns, images=images, adapter=adapter, tokens=40)
 
     def submit(self, prompt: Any, sampling: Any, on_piece: Callable[[Piece], None]) -> Any:
         question = prompt.turns[-1].text.rpartition("\n")[2]
         if "full" in question:
             raise QueueFull("the queue is full; ask again in a moment")
+        assert sampling.max_new_tokens <= 60  # what the prompt leaves of the context
         number = sum(turn.role == "user" for turn in prompt.turns)
         sizes = " ".join(f"{each.width}x{each.height}" for each in prompt.images) or "none"
         text = (
@@ -76,16 +79,17 @@ def served(engine: Any, settings: ServerSettings | None = None, **options: Any) 
     from normtune.serving.ui import mount
 
     app = fastapi.FastAPI()
+    app.state.answers = SimpleNamespace(closing=False)
     mount(app, engine, settings=settings, **options)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/ui/"
-        server.should_exit = True
+        server.should_exit = app.state.answers.closing = True
         thread.join(10)
 
 

@@ -69,10 +69,15 @@ def mount(
     page = Page(engine, settings)
     blocks = page.build(examples)
     blocks.queue(max_size=settings.max_requests, api_open=False)
-    around = [Middleware(OwnHost), *([Middleware(Keyed, key=settings.api_key)] if settings.api_key else [])]
+    answers = getattr(app.state, "answers", None)  # of create_app
+    around = [
+        Middleware(OwnHost, ended=lambda: answers is not None and answers.closing and page.idle),
+        *([Middleware(Keyed, key=settings.api_key)] if settings.api_key else []),
+    ]
     gr.mount_gradio_app(
-        app, blocks, path, theme=_theme(), css=STYLE.read_text(), js=NAME_BOX,
-        app_kwargs={"middleware": around}, max_file_size=settings.max_body, footer_links=[], run_history=False,
+        app, blocks, path, theme=_theme(), js=NAME_BOX, head=f"<style>{STYLE.read_text()}</style>",
+        app_kwargs={"middleware": around}, max_file_size=settings.max_body,
+        allowed_paths=[str(file.resolve()) for file, _ in examples], footer_links=[], run_history=False,
         show_error=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
     app.add_api_route("/favicon.ico", lambda: Response(ICON, media_type="image/svg+xml"), include_in_schema=False)
@@ -84,6 +89,11 @@ class Page:
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self.engine, self.settings = engine, settings
         self.conversations = Conversations()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is being answered."""
+        return not self.conversations.busy
 
     def build(self, examples: Sequence[tuple[Path, str]] = ()) -> gr.Blocks:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -100,9 +110,13 @@ class Page:
                 new = gr.Button("New conversation", elem_id="new", min_width=140, scale=2)
                 stop = gr.Button("Stop", elem_id="stop", interactive=False, min_width=70)
                 send = gr.Button("Ask", variant="primary", elem_id="ask", min_width=70, scale=2)
-            if examples:
-                gr.Examples([[{"text": text, "files": [str(file)]}] for file, text in examples], [box], label="Try one")
             knobs = self.knobs()
+            offered = [{"text": text, "files": [str(file.resolve())]} for file, text in examples]
+            if offered:
+                samples = gr.Dataset(
+                    components=[box], samples=[[each] for each in offered], type="index", label="Try one"
+                )
+                samples.click(lambda number: offered[number], [samples], [box], concurrency_limit=None, **private)
             (_, chat, figures), (column2, chat2, figures2) = sides
             shown = [box, chat, chat2, figures, figures2, message, stop, send]
             asking = gr.on(
@@ -157,7 +171,7 @@ class Page:
                 gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest word", min_width=220),
                 gr.Slider(0.05, 1, 1, step=0.05, label="top_p", info="of the likeliest words", min_width=220),
                 gr.Slider(1, longest, min(128, longest), step=1, label="Longest answer", info="tokens", min_width=220),
-                gr.Number(None, label="Seed", info="empty: another draw each time", precision=0, min_width=220),
+                gr.Textbox("", label="Seed", info="empty: another draw each time", max_length=20, min_width=220),
             ]
 
     def label(self, choice: str | None) -> str:
@@ -165,7 +179,7 @@ class Page:
 
     async def ask(
         self, question: dict[str, Any] | None, first: str | None, second: str | None,
-        temperature: float, top_p: float, longest: int, seed: int | None, request: gr.Request,
+        temperature: float, top_p: float, longest: int, seed: str, request: gr.Request,
     ) -> AsyncIterator[list[Any]]:  # fmt: skip
         """Yields updates of `shown` in `build`: question, chats, figures, message, buttons."""
         skip = gr.skip()
@@ -180,7 +194,7 @@ class Page:
                 raise InputError("ask something about the picture" if files else "ask something")
             adapters = [None if choice == BASE else choice for choice in (first, second) if choice not in (NONE, None)]
             pictures = await asyncio.to_thread(read_pictures, files, self.settings.max_pixels)
-            sampling = Sampling(int(longest), float(temperature), float(top_p), seed)
+            sampling = Sampling(int(longest), float(temperature), float(top_p), read_seed(seed))
             answers = ask(self.engine, conversation, text, pictures, adapters, sampling, self.settings)
             async for current in answers:
                 box = skip if began else {"text": "", "files": []}
@@ -220,6 +234,18 @@ class Page:
             there = chosen in [value for _, value in choices]
             updates.append(gr.update(choices=choices, **({} if there else {"value": NONE if optional else None})))
         return [names, *updates]
+
+
+def read_seed(text: str) -> int | None:
+    """A whole number that fits in 64 bits, or nothing. InputError for anything else."""
+    if not text.strip():
+        return None
+    try:
+        if abs(number := int(text)) < 2**63:
+            return number
+    except ValueError:
+        pass
+    raise InputError(f"the seed {text!r} is no whole number")
 
 
 def show(conversation: Conversation, answers: Sequence[Answer]) -> list[Any]:

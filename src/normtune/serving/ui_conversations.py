@@ -13,10 +13,10 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from normtune.chat import PLACEHOLDER, Turn
 from normtune.errors import InputError
@@ -118,8 +118,10 @@ class Conversations:
         if found is not None:
             found.stop()
 
-    def __len__(self) -> int:
-        return len(self._tabs)
+    @property
+    def busy(self) -> bool:
+        with self._lock:
+            return any(each.busy for each in self._tabs.values())
 
 
 @dataclass
@@ -137,9 +139,9 @@ class Answer:
     finish: str | None = None
     error: str | None = None
 
-    def add(self, piece: Piece) -> None:
-        self.last = time.monotonic()
-        self.first = self.first or self.last
+    def add(self, piece: Piece, at: float) -> None:
+        """`at`: when the model had written it, not when the page was told."""
+        self.first, self.last = self.first or at, at
         self.text += piece.text
         self.tokens, self.finish, self.error = piece.tokens, piece.finish, piece.error
 
@@ -153,6 +155,9 @@ class Answer:
         parts.append(f"first after {self.first - self.began:.1f} s")
         ends = {"length": "cut at the longest answer", "cancelled": "stopped", "error": "failed"}
         return ", ".join([*parts, *([ends[self.finish]] if self.finish in ends else [])])
+
+
+Told = tuple[Answer, "Piece", float]
 
 
 async def ask(
@@ -179,7 +184,7 @@ async def ask(
     known = [*conversation.pictures, *pictures]
     if len(known) > settings.max_images:
         raise InputError(f"a conversation holds {settings.max_images} pictures at most; begin a new one")
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[Answer, Any]]()
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Told]()
 
     def prepare(number: int, adapter: str | None, images: list[Image]) -> tuple[Answer, Prompt]:
         side = conversation.sides[number]
@@ -193,14 +198,15 @@ async def ask(
 
     def deliver(answer: Answer, piece: Piece) -> None:
         with contextlib.suppress(RuntimeError):  # the server has shut down
-            loop.call_soon_threadsafe(queue.put_nowait, (answer, piece))
+            loop.call_soon_threadsafe(queue.put_nowait, (answer, piece, time.monotonic()))
 
     answers: list[Answer] = []
     conversation.busy = True
     try:
         both = await asyncio.to_thread(prepare_all)
         for answer, prompt in both:
-            conversation.jobs.append(engine.submit(prompt, sampling, partial(deliver, answer)))
+            fitting = clipped(sampling, prompt.tokens, engine.max_context)
+            conversation.jobs.append(engine.submit(prompt, fitting, partial(deliver, answer)))
         conversation.pictures[:] = known
         answers = [answer for answer, _ in both]
         deadline = time.monotonic() + settings.timeout
@@ -218,14 +224,21 @@ async def ask(
     yield answers
 
 
-async def _collect(queue: asyncio.Queue[tuple[Answer, Piece]], deadline: float) -> None:
+def clipped(sampling: Sampling, tokens: int, context: int | None) -> Sampling:
+    """With an answer no longer than what a prompt of `tokens` leaves of the context, but of one token at least: where
+    not even that fits, the engine says so."""
+    room = sampling.max_new_tokens if context is None else max(1, context - tokens)
+    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+
+
+async def _collect(queue: asyncio.Queue[Told], deadline: float) -> None:
     """Waits for a piece, hands it and those that came with it to their answers, and keeps the page's pace."""
     with contextlib.suppress(TimeoutError):
-        answer, piece = await asyncio.wait_for(queue.get(), max(0.0, deadline - time.monotonic()))
-        answer.add(piece)
+        answer, piece, at = await asyncio.wait_for(queue.get(), max(0.0, deadline - time.monotonic()))
+        answer.add(piece, at)
         while not queue.empty():
-            answer, piece = queue.get_nowait()
-            answer.add(piece)
+            answer, piece, at = queue.get_nowait()
+            answer.add(piece, at)
         await asyncio.sleep(PACE)
 
 
@@ -236,7 +249,8 @@ def _give_up(answers: Sequence[Answer], why: str) -> None:
 
 
 def _remember(conversation: Conversation, answer: Answer) -> None:
-    if answer.text and answer.finish in ("stop", "length", "cancelled"):
+    text = answer.text.strip()  # as `evaluation.answer` does
+    if text and answer.finish in ("stop", "length", "cancelled"):
         side = conversation.sides[answer.side]
-        side.turns = [*answer.turns, Turn("assistant", answer.text)]
+        side.turns = [*answer.turns, Turn("assistant", text)]
         side.seen = len(conversation.pictures)

@@ -11,8 +11,10 @@ cookie is out of reach for scripts and for other sites.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import secrets
+from collections.abc import Callable
 from urllib.parse import parse_qs
 
 from starlette.datastructures import MutableHeaders
@@ -22,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 COOKIE = "normtune-page"
 MAX_FORM = 4096  # bytes
+POLL = 0.5  # seconds
 PAUSE = 0.5  # seconds before a wrong key is told so
 
 FORM = """<!doctype html>
@@ -46,10 +49,13 @@ POLICY = (  # Gradio's own script needs inline and eval
 
 
 class OwnHost:
-    """`app`, whose answers forbid a browser to ask other hosts for anything."""
+    """`app`, whose answers forbid a browser to ask other hosts for anything.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    A page holds a request open as long as it is open itself; when `ended()` such a request is told that its browser has
+    gone, so that the server need not wait for people to close their tabs."""
+
+    def __init__(self, app: ASGIApp, ended: Callable[[], bool]) -> None:
+        self.app, self.ended = app, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def guarded(message: Message) -> None:
@@ -60,7 +66,14 @@ class OwnHost:
                 headers.setdefault("x-content-type-options", "nosniff")
             await send(message)
 
-        await self.app(scope, receive, guarded)
+        async def received() -> Message:
+            while not self.ended():
+                with contextlib.suppress(TimeoutError):
+                    return await asyncio.wait_for(receive(), POLL)
+            return {"type": "http.disconnect"}
+
+        held_open = scope["type"] == "http" and "/heartbeat/" in scope["path"]
+        await self.app(scope, received if held_open else receive, guarded)
 
 
 class Keyed:
