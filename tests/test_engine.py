@@ -495,8 +495,16 @@ def sliding(folder: Path) -> None:
     tiny_mllm(folder, kind="mistral", sliding_window=8)
 
 
+def recurrent(folder: Path) -> None:
+    tiny_mllm(folder, kind="falcon_h1")
+
+
 def learned(folder: Path) -> None:
     tiny_mllm(folder, kind="gpt2")
+
+
+def alibi(folder: Path) -> None:
+    tiny_mllm(folder, kind="bloom", n_head=4, n_layer=2)
 
 
 def qwen2_vl(folder: Path) -> None:
@@ -513,9 +521,10 @@ def llava_next(folder: Path) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("build", "joins"), [(sliding, False), (learned, None), (qwen2_vl, False), (llava_next, False)]
+    ("build", "joins"),
+    [(sliding, False), (recurrent, False), (learned, True), (alibi, True), (qwen2_vl, False), (llava_next, False)],
 )
-def test_other_models(build: Callable[[Path], None], joins: bool | None, tmp_path: Path) -> None:
+def test_other_models(build: Callable[[Path], None], joins: bool, tmp_path: Path) -> None:
     """Rows that cannot join a batch wait for one another; the answers are the same."""
     build(tmp_path / "model")
     own = ["norms", "embed", "head"] if build is llava_next else "layernorm"  # its newline cannot differ by row
@@ -527,7 +536,7 @@ def test_other_models(build: Callable[[Path], None], joins: bool | None, tmp_pat
         for n in range(9)
     ]
     with bank(model, adapters) as held, Engine(held, processor, slots=5) as engine:
-        assert joins is None or engine.joins == joins
+        assert engine.joins == joins
         told = [Told() for _ in asks]
         for ask, one in zip(asks, told, strict=True):
             submit(engine, ask, one)
