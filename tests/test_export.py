@@ -153,6 +153,9 @@ def test_gguf_command_writes_both_files(
     new = gains(Path("out/llm-tuned.gguf"))
     wanted = model.get_submodule("model.language_model.layers.0.input_layernorm").weight.detach().numpy()
     np.testing.assert_array_equal(new["blk.0.attn_norm.weight"], wanted)
+    connector = model.get_submodule("model.multi_modal_projector").linear_1.weight.detach().numpy()
+    held = {t.name: t.data for t in gguf.GGUFReader("out/mmproj.gguf").tensors}
+    np.testing.assert_array_equal(held["mm.0.weight"], connector)
     assert gguf.GGUFReader("out/llm-tuned.gguf").get_field(MARK).contents() == written["sha256"]
     assert run(*export, "--out", "out") == 2
     assert run("export", "adapter", "--format", "gguf", "--out", "new") == 2

@@ -13,6 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from normtune.adapter.loading import capture
 from normtune.errors import InputError
@@ -21,23 +22,39 @@ from normtune.exporting.gguf_base import MARK, positions, tolerance
 from normtune.exporting.gguf_rule import ratio_rule
 from normtune.strategy import apply, witnesses
 from normtune.structure import anatomy
-from stubs import llava, text_model
+from stubs import SIZES, llava, randomized, text_model
 
-ARCHITECTURES = {"llama": "llama", "gemma": "gemma", "qwen3": "qwen3", "llava": "llama"}
+ARCHITECTURES = {
+    "llava": "llama",
+    "gemma3_text": "gemma3",
+    "gpt_neox": "gptneox",
+    "cohere": "command-r",
+    "phi": "phi2",
+    "qwen3_moe": "qwen3moe",
+}
+"""Kind of model in transformers -> architecture of its GGUF file, where the names differ."""
+ZOO = ("gemma2", "gemma3_text", "olmo2", "qwen3_moe", "starcoder2", "gpt_neox", "gpt2", "phi", "cohere", "glm4")
+
+
+def architecture(kind: str) -> str:
+    return ARCHITECTURES.get(kind, kind)
 
 
 def write_base(path: Path, model: Any, kind: str = "llama", matrices: Type = Type.F32, **changes: Any) -> Path:
     """A GGUF file of a text model as llama.cpp's converter lays one out: names by the package's table, norms F32 (and
     1 + w where the norm computes so), matrices in `matrices`, some metadata."""
     config = getattr(model.config, "text_config", model.config)
-    known = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[kind])
+    known = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture(kind))
     table = gguf.get_tensor_name_map(known, config.num_hidden_layers)
-    writer = gguf.GGUFWriter(path, changes.get("architecture", ARCHITECTURES[kind]))
+    order = changes.get("order", gguf.GGUFEndian.LITTLE)
+    writer = gguf.GGUFWriter(path, changes.get("architecture", architecture(kind)), endianess=order)
     writer.add_block_count(changes.get("blocks", config.num_hidden_layers))
     writer.add_embedding_length(config.hidden_size)
+    if "parts" in changes:
+        writer.add_uint16("split.count", changes["parts"])
     writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
     writer.add_float32("a.number", 0.125)
-    offset = 1.0 if kind == "gemma" else 0.0
+    offset = float("gemma" in kind)
     for name, parameter in model.named_parameters():
         name = name.replace("model.language_model.", "model.")
         own = table.get_name(name, (".weight", ".bias"))
@@ -68,8 +85,15 @@ def tuned(model: Any, strategy: Any = ("norms", "final_norm", "qk_norms"), size:
     return model
 
 
-def bases(kind: str, **options: Any) -> Any:
-    return llava(**options) if kind == "llava" else text_model(kind, **options)
+def bases(kind: str) -> Any:
+    """A model with random weights, gains and biases."""
+    if kind in ("llava", "llama", "gemma", "qwen3"):
+        return llava() if kind == "llava" else text_model(kind)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 100} if kind == "gpt2" else {**SIZES, "head_dim": 8}
+    more = {"use_qk_norm": True} if kind == "cohere" else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomized(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more)))
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -109,6 +133,22 @@ def test_only_norms_change_and_follow_the_rule(kind: str, matrices: Type, tmp_pa
     assert sorted(after[name][2] for name in differing) == expected
     first = next(n for n in adapter.tensors if n.endswith("layers.1.post_attention_layernorm.weight"))
     assert after["blk.1.ffn_norm.weight"][2] == (adapter.tensors[first] + offset).numpy().tobytes()
+
+
+@pytest.mark.parametrize("kind", ZOO)
+def test_every_norm_finds_its_place(kind: str, tmp_path: Path) -> None:
+    """Post-norms, QK-norms (also one gain per head and channel), biases, 1 + g: each tensor gets its values."""
+    base = write_base(tmp_path / "base.gguf", bases(kind), kind)
+    model = tuned(bases(kind))
+    done = apply_to_gguf(model, base, tmp_path / "tuned.gguf")
+    adapter, offset, new = capture(model), float("gemma" in kind), read(tmp_path / "tuned.gguf")[1]
+    expected = {
+        ((t.double() + (offset if n.endswith("weight") else 0)).float()).numpy().tobytes()
+        for n, t in adapter.tensors.items()
+    }
+    assert {new[name][2] for name in done.changed} == expected and len(done.changed) == len(adapter.tensors)
+    assert not done.scaled
+    assert "blk.1.attn_norm.weight" in done.changed or kind == "olmo2"  # which has norms behind attention and MLP only
 
 
 def test_folded_scales_survive(tmp_path: Path) -> None:
@@ -182,6 +222,16 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "projections": (("norms", "attn_q"), lambda f: write_base(f / "base.gguf", text_model()), "other weights"),
     "LoRA": (["norms", "lora"], lambda f: write_base(f / "base.gguf", text_model()), "LoRA"),
     "no file": (("norms",), lambda f: f / "none.gguf", "no GGUF file"),
+    "one of several parts": (
+        ("norms",),
+        lambda f: write_base(f / "base.gguf", text_model(), parts=2),
+        "one part of several",
+    ),
+    "other byte order": (
+        ("norms",),
+        lambda f: write_base(f / "base.gguf", text_model(), order=gguf.GGUFEndian.BIG),
+        "other byte order",
+    ),
     "a folder": (("norms",), lambda f: f, "no GGUF file"),
     "no GGUF": (("norms",), lambda f: Path(__file__), "is no GGUF file"),
     "missing norm": (

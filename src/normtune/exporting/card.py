@@ -58,7 +58,7 @@ def model_card(
         front_matter(model),
         f"# {title}",
         "A text LLM that was taught to see by tuning the gains of its normalization layers (and what is named below), "
-        "with [normtune](https://pypi.org/project/normtune/). The tuning is folded into the weights: the folder loads "
+        "with normtune. The tuning is folded into the weights: the folder loads "
         "with transformers alone.",
         "## Made of\n\n" + bullets(made_of(model)),
         "## Tuning\n\n" + bullets(tuning_facts(record, recipe, total)),
