@@ -1,6 +1,6 @@
 """`python -m benchmarks.bank`: a mixed batch of 16 rows over 16 adapters beside the base alone, and switching adapters.
 
-Llama shapes with random weights, text alone. Ways take turns, so that a slower minute of the machine hits all of them;
+Llama shapes with random weights, text alone. Ways take turns at each step, so that a slower minute hits all of them;
 a ratio is the median over rounds of the quotient within a round, with its quartiles. Decoding: one token per row and
 step on a KV cache; prefill: the prompts. The base alone is a model without a bank around the same weights. Switching:
 `set_adapter`, and a batch of another composition in a bank (gathering its gains, making its forwards). Figures go to
@@ -75,7 +75,7 @@ def compositions(bank: Bank) -> dict[str, list[Entry]]:
 
 
 class Way:
-    """One way to run the 16 rows: `decode(steps)` and `prefill()` in seconds."""
+    """One way to run the 16 rows: `decode()` and `prefill()` in seconds."""
 
     def __init__(self, model: LlamaForCausalLM, around: Callable[[], Any]) -> None:
         self.model, self.around, self.device = model, around, model.device
@@ -85,25 +85,32 @@ class Way:
         with torch.inference_mode(), around():
             model(input_ids=self.prompt, past_key_values=self.cache, logits_to_keep=1)
 
-    def decode(self, steps: int) -> float:
-        """Per step, from the prompts' cache on."""
-        synchronize(self.device)
-        began = time.perf_counter()
-        for _ in range(steps):
-            with torch.inference_mode(), self.around():
-                self.model(input_ids=self.prompt[:, :1], past_key_values=self.cache, logits_to_keep=1)
-        synchronize(self.device)
-        seconds = time.perf_counter() - began
-        self.cache.crop(-steps)
-        return seconds / steps
+    def decode(self) -> float:
+        """One token per row."""
+        return self.seconds(input_ids=self.prompt[:, :1], past_key_values=self.cache)
 
     def prefill(self) -> float:
+        return self.seconds(input_ids=self.prompt, use_cache=False)
+
+    def seconds(self, **inputs: Any) -> float:
         synchronize(self.device)
         began = time.perf_counter()
         with torch.inference_mode(), self.around():
-            self.model(input_ids=self.prompt, use_cache=False, logits_to_keep=1)
+            self.model(**inputs, logits_to_keep=1)
         synchronize(self.device)
         return time.perf_counter() - began
+
+
+def one_round(ways: dict[str, Way], turn: int, steps: int) -> dict[str, dict[str, float]]:
+    """Mean seconds of a decoding step, and of a prefill; ways take turns at each step."""
+    order = list(ways)[turn % len(ways) :] + list(ways)[: turn % len(ways)]
+    taken = {name: {"decode": 0.0, "prefill": ways[name].prefill()} for name in order}
+    for _ in range(steps):
+        for name in order:
+            taken[name]["decode"] += ways[name].decode() / steps
+    for way in ways.values():
+        way.cache.crop(-steps)
+    return taken
 
 
 def speeds(model: LlamaForCausalLM, found: dict[str, Adapter], rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -116,11 +123,10 @@ def speeds(model: LlamaForCausalLM, found: dict[str, Adapter], rounds: int, step
         for name, entries in compositions(bank).items():
             ways[name] = Way(model, lambda entries=entries: bank.rows(entries))  # type: ignore[misc]
         times: dict[str, dict[str, list[float]]] = {name: {"decode": [], "prefill": []} for name in ways}
-        order = list(ways)
         for turn in range(rounds + 1):
-            for name in order[turn % len(order) :] + order[: turn % len(order)]:
-                one = {"decode": ways[name].decode(steps), "prefill": ways[name].prefill()}
-                if turn:  # the first calls are slower
+            taken = one_round(ways, turn, steps)
+            if turn:  # the first calls are slower
+                for name, one in taken.items():
                     for what, seconds in one.items():
                         times[name][what].append(seconds)
     rows = []
@@ -212,8 +218,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--steps", type=int, default=16, help="decoding steps of a way in a round")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--steps", type=int, default=8, help="decoding steps of a way in a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the tiny shape in fp32, 3 rounds, nothing written")
