@@ -19,6 +19,7 @@ from normtune.analysis import analyze_run, gain_map, look, seeing
 from normtune.analysis.gradients import figures, gradient_spread, spread_of
 from normtune.analysis.samples import trained_samples, training_batches
 from normtune.analysis.similarity import Similarity, effective_rank
+from normtune.comparison.costs import first_batch
 from normtune.data import Collator, Mixture
 from normtune.errors import InputError
 from normtune.evaluation import Settings, evaluate_into
@@ -497,3 +498,31 @@ def test_the_command_and_its_report(
     assert run("analyze", folders[0], "--json", *options) == 0
     assert json.loads(capsys.readouterr().out)["runs"]["simple"]["strategy"] == "layernorm-simple"
     assert (runs["simple"] / "analysis" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_a_training_left_out_is_left_out(
+    llm_folder: Path, vision_folder: Path, tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`bad_samples: skip` holds for who reads the data of a run again, from images and from stored features."""
+    monkeypatch.setenv("NORMTUNE_CACHE", str(tmp_path / "cache"))
+    data, held = toy_data(tmp_path / "data", 12), toy_data(tmp_path / "held", 6)
+    (data / "images" / "1.png").write_bytes(b"torn")
+    items = json.loads((data / "data.json").read_text())
+    items[2]["conversations"][1]["value"] = ""
+    (data / "data.json").write_text(json.dumps(items))
+    given = toy_recipe(llm_folder, vision_folder, data, bad_samples="skip", max_bad=2)
+    given["stages"] = [{**given["stages"][0], "cache_features": cached, "batch_size": 12, "max_steps": 2}]
+    recipe = load_recipe(given, [])
+    done = train(recipe, out=tmp_path / "run", quiet=True)
+    batch = first_batch(recipe, recipe.stages[0], done.model, done.processor)
+    assert batch["labels"].ne(-100).any()
+    document = analyze_run(
+        tmp_path / "run",
+        data=str(held / "data.json"),
+        images=str(held / "images"),
+        samples=6,
+        batches=2,
+        quiet=True,
+    )
+    assert math.isfinite(document["losses"]["gap"])

@@ -26,6 +26,7 @@ from normtune.analysis.similarity import Similarity, significant
 from normtune.analysis.stages import stage_gradients
 from normtune.analysis.states import block_states, kinds_of_tokens, quiet_model, states_at
 from normtune.data import Collator, Mixture, Sample
+from normtune.data.skipping import policy
 from normtune.errors import InputError
 from normtune.features import Store, fill_store
 from normtune.progress import Bar
@@ -76,13 +77,14 @@ def analyze_run(
         raise InputError(f"samples {samples}, batches {batches}: give at least 1 sample and 2 batches")
     recipe, base = recipe_of(folder)
     seen, source = held_out(recipe, data, images, samples)
-    mixture = Mixture(recipe.stages[-1].data) if recipe else None
+    on_bad = policy(recipe) if recipe else None
+    mixture = Mixture(recipe.stages[-1].data, on_bad) if recipe else None
     with torch.random.fork_rng(), threads(recipe):
         tuned = open_tuned(folder)
         model = tuned.model
         place(model, recipe.device if recipe else "auto")
         length = recipe.stages[-1].max_length if recipe else None
-        collator = Collator(tuned.processor, length, stored_images(recipe, tuned, seen, mixture))
+        collator = Collator(tuned.processor, length, stored_images(recipe, tuned, seen, mixture), on_bad)
         similarity, losses = layers_and_losses(model, collator, seen, mixture, samples, quiet)
         dropped = collator.counts["dropped"]
         document: dict[str, Any] = {
@@ -159,7 +161,8 @@ def stored_images(recipe: Recipe | None, tuned: Tuned, seen: Sequence[Sample], m
     if recipe is None or mixture is None or not recipe.stages[-1].cache_features:
         return None
     wanted = {path: sample.where for sample in seen for path in sample.images} | dict(mixture.images())
-    return fill_store(recipe.model, tuned.model, tuned.processor, wanted, quiet=True)
+    skip = policy(recipe) is not None
+    return fill_store(recipe.model, tuned.model, tuned.processor, wanted, quiet=True, skip=skip)
 
 
 def layers_and_losses(

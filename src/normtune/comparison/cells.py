@@ -16,6 +16,7 @@ import torch
 from normtune.analysis import analyze_run
 from normtune.comparison.costs import costs
 from normtune.data import Mixture
+from normtune.data.skipping import policy
 from normtune.evaluation import Settings, ask, evaluate_into, identity, stored_features
 from normtune.features import fill_store
 from normtune.progress import Bars
@@ -143,9 +144,10 @@ def do_training(cell: Cell) -> Tuned:
 def fill(recipe: Recipe, tuned: Tuned) -> int:
     """Puts what the encoder makes of the images of the stages with `cache_features` on disk; how many there are."""
     cached = [stage for stage in recipe.stages if stage.cache_features]
-    wanted = {path: where for stage in cached for path, where in Mixture(stage.data).images()}
+    on_bad = policy(recipe)
+    wanted = {path: where for stage in cached for path, where in Mixture(stage.data, on_bad).images()}
     if wanted:
-        fill_store(recipe.model, tuned.model, tuned.processor, wanted)
+        fill_store(recipe.model, tuned.model, tuned.processor, wanted, skip=on_bad is not None)
     return len(wanted)
 
 

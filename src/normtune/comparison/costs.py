@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from normtune.data import Collator, Mixture
+from normtune.data.skipping import policy
 from normtune.features import fill_store
 from normtune.recipe import Recipe, Stage
 from normtune.runlog import Run, read_lines
@@ -106,7 +107,9 @@ def first_batch(recipe: Recipe, stage: Stage, model: nn.Module, processor: Any) 
     """As the training made it."""
     pack, _ = choose_packing(model, stage, next(model.parameters()).device)
     seed = recipe.seed * 1000 + recipe.stages.index(stage)
-    mixture, store = Mixture(stage.data), None
+    on_bad = policy(recipe)
+    mixture, store = Mixture(stage.data, on_bad), None
     if stage.cache_features:
-        store = fill_store(recipe.model, model, processor, dict(mixture.images()))
-    return Batches(mixture, Collator(processor, stage.max_length, store), stage, seed, pack)(0)[0]
+        wanted = dict(mixture.images())
+        store = fill_store(recipe.model, model, processor, wanted, skip=on_bad is not None)
+    return Batches(mixture, Collator(processor, stage.max_length, store, on_bad), stage, seed, pack)(0)[0]

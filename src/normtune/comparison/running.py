@@ -21,6 +21,7 @@ from normtune.comparison.cells import Cell, Exam
 from normtune.comparison.engines import Engine, run_cells
 from normtune.comparison.variants import Variant, evaluated
 from normtune.data import Mixture
+from normtune.data.skipping import policy
 from normtune.errors import InputError, JobError
 from normtune.evaluation import Settings
 from normtune.evaluation.questions import Asked, ask
@@ -192,7 +193,7 @@ class Place:
         if self.checked:
             return
         for sources in {str(stage.data): stage.data for v in variants for stage in v.recipe.stages}.values():
-            Mixture(sources)
+            Mixture(sources, policy(self.recipe))
         for model in {str(v.recipe.model): v.recipe.model for v in variants}.values():
             for source in filter(None, (model.path, model.llm, model.vision)):
                 read_config(locate(source, "model"), "model")

@@ -27,6 +27,7 @@ from normtune.comparison.variants import (
     with_strategy,
 )
 from normtune.data import Mixture, read_samples
+from normtune.data.skipping import policy
 from normtune.errors import InputError
 from normtune.recipe import Recipe
 from normtune.training.batching import steps_of
@@ -71,7 +72,7 @@ def align_sweep(recipe: Recipe, strategies: Iterable[str], fractions: Sequence[f
         raise InputError(f"fractions {', '.join(map(str, fractions)) or 'of nothing'}: give numbers from 0 up.")
     names = [name for name in unique(strategies) if name != NONE]
     chosen = parse_strategies(names or [label_of(recipe.stages[-1].strategy)])
-    _, whole = steps_of(recipe.stages[0], Mixture(recipe.stages[0].data))
+    _, whole = steps_of(recipe.stages[0], Mixture(recipe.stages[0].data, policy(recipe)))
     rows = []
     for steps in sorted({max(round(fraction * whole), int(fraction > 0)) for fraction in fractions}):
         changed = with_stage1(recipe, steps)
@@ -132,8 +133,8 @@ def data_sweep(recipe: Recipe, strategies: Iterable[str], fractions: Sequence[fl
         given = ", ".join(map(str, fractions)) or "nothing"
         raise InputError(f"fractions of the data {given}: give numbers above 0 and up to 1, the recipe's own amount.")
     stage = recipe.stages[-1]
-    _, steps = steps_of(stage, Mixture(stage.data))
-    sizes = [len(read_samples(source)) for source in stage.data]
+    _, steps = steps_of(stage, Mixture(stage.data, policy(recipe)))
+    sizes = [len(read_samples(source, policy(recipe))) for source in stage.data]
     rows = []
     for samples in sorted({max(1, round(fraction * sum(sizes))) for fraction in fractions}):
         limits = zip(stage.data, apportion(samples, sizes).tolist(), strict=True)

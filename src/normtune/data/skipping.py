@@ -10,10 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from normtune.errors import JobError
+from normtune.recipe import Recipe
 from normtune.runlog import append_line, read_lines
 
 OnBad = Callable[[str, str], None]
 """`on_bad(where, why)`: which sample cannot be used, and why. Where it returns, the sample is left out."""
+
+
+def policy(recipe: Recipe) -> OnBad | None:
+    """For those who read a training's data without training on it: what it left out, they leave out unsaid."""
+    return None if recipe.bad_samples == "error" else lambda where, why: None
 
 
 class Skipped:

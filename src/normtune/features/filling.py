@@ -243,13 +243,20 @@ def prepare_images(
 
 
 def fill_store(
-    recipe: ModelRecipe, model: nn.Module, processor: Any, wanted: dict[Path, str], *, quiet: bool = False
+    recipe: ModelRecipe,
+    model: nn.Module,
+    processor: Any,
+    wanted: dict[Path, str],
+    *,
+    quiet: bool = False,
+    skip: bool = False,
 ) -> Store | None:
     """The store of the recipe's encoder, with features of all images `wanted`; `model` encodes what is missing.
 
     Args:
         recipe: what `model` was built from; a training from it with `cache_features` has the same store.
         wanted: image file -> what names it, for messages.
+        skip: leave out images that cannot be opened.
 
     Returns:
         None, and nothing is read or written, where stored features cannot stand for images (see `can_store`).
@@ -259,7 +266,7 @@ def fill_store(
     """
     if not can_store(model):
         return None
-    prepared = prepare_images(recipe, wanted, quiet=quiet)
+    prepared = prepare_images(recipe, wanted, quiet=quiet, skip=skip)
     prepared.fill(model, processor, quiet=quiet)
     return prepared.store
 
