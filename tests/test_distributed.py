@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,30 @@ def test_an_evaluation_under_torchrun_is_written_once_and_goes_on(mllm_folder: P
     journal.write_bytes(full[:-1])  # killed while it wrote the last round
     launch(["-m", "normtune", *words, "--device", "cpu", "--out", "two.json"], tmp_path)
     assert journal.read_bytes() == full
+
+
+STALE = """
+import os, sys
+from normtune.training import resuming, train
+if os.environ["RANK"] == "1":
+    real = resuming.list_checkpoints
+    resuming.list_checkpoints = lambda *given: real(*given)[:-1]
+train(sys.argv[1], out=sys.argv[2], resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_all_go_on_from_the_checkpoint_that_the_first_one_sees(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """On a folder of the network another machine may see an older list of files."""
+    recipe["save_every"] = 2
+    train_two(recipe, tmp_path, "run")
+    whole = adapter(tmp_path / "run")
+    for folder in ("adapter", "checkpoints/instruct-6"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    (tmp_path / "stale.py").write_text(STALE)
+    launch(["stale.py", "recipe.yaml", "run"], tmp_path)
+    assert_same(whole, adapter(tmp_path / "run"))
+    assert steps(tmp_path / "run")[-2:] == [("instruct", 5), ("instruct", 6)]
 
 
 def workers(parent: int) -> list[int]:

@@ -6,7 +6,18 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from normtune.checkpoint import Position, finished_first_stage, list_checkpoints, load_parameters, read_tensors, tidy
+import torch
+from accelerate.utils import broadcast_object_list
+
+from normtune.checkpoint import (
+    Position,
+    finished_first_stage,
+    list_checkpoints,
+    load_parameters,
+    read_state,
+    read_tensors,
+    tidy,
+)
 from normtune.errors import InputError
 from normtune.recipe import recipe_hash, to_yaml
 from normtune.runlog import write_text
@@ -16,23 +27,18 @@ from normtune.training.loop import Loop, apply_stage
 def recover(loop: Loop, resume: bool, force: bool = False) -> tuple[int, int]:
     """(stage, step) to go on from: a checkpoint of this run, the first stage of `start_from`, or the start.
 
-    A checkpoint that is not what was written is told of and passed over.
+    The first process chooses: what others see of a shared folder may be older.
 
     Raises:
-        InputError: a checkpoint that does not belong to this recipe and data (unless `force`, where it can be used).
+        InputError: a checkpoint that does not belong to this recipe and data (unless `force`, where it can be used), or
+            that another process does not see.
     """
-    if resume and loop.accelerator.is_main_process:
-        tidy(loop.run.folder)
-        tidy(loop.run.checkpoints)
-    loop.accelerator.wait_for_everyone()
-    found = list_checkpoints(loop.run.checkpoints, loop.say) if resume else []
-    while found:
-        position, path = found.pop()
-        try:
-            tensors = read_tensors(path)
-        except InputError as error:
-            loop.say(f"{str(error).splitlines()[0]}; {'going on from the one before' if found else 'it was the last'}")
-            continue
+    main = loop.accelerator.is_main_process
+    last = last_whole(loop) if resume and main else None
+    (name,) = broadcast_object_list([last and last[1].name])
+    if name is not None:
+        path = loop.run.checkpoints / name
+        position, path, tensors = last or (read_state(path)[0], path, read_tensors(path))
         check_fits(loop, position, path, force)
         stage = loop.recipe.stages[position.stage]
         if not position.finished or position.lora:
@@ -51,6 +57,20 @@ def recover(loop: Loop, resume: bool, force: bool = False) -> tuple[int, int]:
     load_parameters(loop.model, read_tensors(path), path)
     loop.say(f"stage {loop.recipe.stages[0].name} taken from {path}")
     return 1, 0
+
+
+def last_whole(loop: Loop) -> tuple[Position, Path, dict[str, torch.Tensor]] | None:
+    """The last checkpoint that is what was written; those behind it are told of and passed over."""
+    tidy(loop.run.folder)
+    tidy(loop.run.checkpoints)
+    found = list_checkpoints(loop.run.checkpoints, loop.say)
+    while found:
+        position, path = found.pop()
+        try:
+            return position, path, read_tensors(path)
+        except InputError as error:
+            loop.say(f"{str(error).splitlines()[0]}; {'going on from the one before' if found else 'it was the last'}")
+    return None
 
 
 def check_fits(loop: Loop, position: Position, path: Path, force: bool) -> None:
