@@ -77,11 +77,12 @@ class Mixture(Sequence[Sample]):
 
     def order(self, seed: int, epoch: int) -> list[int]:
         """The indices of one epoch in their order: the same for the same seed and epoch, wherever it runs."""
-        if self._last is None or self._last[0] != (seed, epoch):
+        last = self._last  # another thread may ask for another epoch
+        if last is None or last[0] != (seed, epoch):
             generator = np.random.default_rng([seed, epoch])
             chosen = [
                 first + np.concatenate([np.tile(np.arange(n), wanted // n), generator.permutation(n)[: wanted % n]])
                 for first, n, wanted in self._parts
             ]
-            self._last = (seed, epoch), generator.permutation(np.concatenate(chosen)).tolist()
-        return list(self._last[1])
+            last = self._last = (seed, epoch), generator.permutation(np.concatenate(chosen)).tolist()
+        return list(last[1])
