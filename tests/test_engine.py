@@ -170,7 +170,7 @@ def mixed(count: int, seed: int = 0) -> list[Ask]:
     ]
 
 
-@pytest.mark.parametrize(("options", "count"), [({"slots": 4}, 48), ({"slots": 16}, 48), ({"batching": False}, 8)])
+@pytest.mark.parametrize(("options", "count"), [({"slots": 4}, 40), ({"slots": 16}, 40), ({"batching": False}, 6)])
 def test_mixed_requests_that_come_at_any_time(
     make: Callable[..., Engine], reference: Reference, options: dict[str, Any], count: int
 ) -> None:
@@ -248,10 +248,10 @@ def test_sampling_depends_on_the_seed_alone(make: Callable[..., Engine], setting
 def test_draws_have_the_probabilities_of_the_logits() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -5.0])
     sampler = Sampler(Sampling(temperature=0.7, top_p=0.95, seed=1))
-    counts = torch.bincount(torch.tensor([sampler.draw(logits) for _ in range(4000)]), minlength=5) / 4000
+    counts = torch.bincount(torch.tensor([sampler.draw(logits) for _ in range(2000)]), minlength=5) / 2000
     shares = (logits / 0.7).softmax(-1)
     kept = shares * torch.tensor([1, 1, 1, 0, 0])  # 0.76 + 0.18 < 0.95, so that the third is the last
-    assert torch.allclose(counts, kept / kept.sum(), atol=0.03)
+    assert torch.allclose(counts, kept / kept.sum(), atol=0.04)
 
 
 def test_what_stands_for_an_image_is_never_chosen() -> None:
@@ -476,8 +476,8 @@ def test_nothing_is_left_of_what_is_finished(make: Callable[..., Engine]) -> Non
     with make(slots=4, image_cache_bytes=3 * 16 * 32 * 4) as engine:
         held = []
         for round_ in range(4):
-            told = [Told() for _ in range(30)]
-            for ask, one in zip(mixed(30, round_), told, strict=True):
+            told = [Told() for _ in range(20)]
+            for ask, one in zip(mixed(20, round_), told, strict=True):
                 submit(engine, ask, one, temperature=float(ask.length % 2))
             assert all(one.finish for one in told)
             while engine.stats.running:
@@ -496,7 +496,8 @@ def sliding(folder: Path) -> None:
 
 
 def recurrent(folder: Path) -> None:
-    tiny_mllm(folder, kind="falcon_h1")
+    sizes = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 16}
+    tiny_mllm(folder, kind="falcon_h1", **sizes)
 
 
 def learned(folder: Path) -> None:
