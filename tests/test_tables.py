@@ -112,6 +112,35 @@ def test_dictionary_of_lists_is_a_list_of_dictionaries() -> None:
     assert tables._turns({"from": ["human", "gpt"], "value": ["Q", "A"]}) == GOOD["conversations"]
 
 
+def test_splits_are_not_mixed(folder: Path) -> None:
+    """A folder as the Hub has it, in which questions of a test stand beside the training's."""
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (folder / "hub").mkdir(exist_ok=True)
+        os.replace(table(folder, [GOOD]), folder / "hub" / f"{name}.parquet")
+    with pytest.raises(InputError, match="hub holds several splits, test, train: give"):
+        read_samples(DataSource(path=str(folder / "hub")))
+    (folder / "hub" / "test-00000-of-00001.parquet").unlink()
+    assert len(read_samples(DataSource(path=str(folder / "hub")))) == 2
+
+
+def test_images_are_on_the_disk_before_their_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure must not leave rows, which are never read again, of images that are empty files."""
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "sync", lambda: synced.append(any((folder / "cache" / "tables").glob("*.jsonl"))))
+    read_samples(DataSource(path=str(saved(folder, "parquet"))))
+    assert synced == [False]
+
+
+def test_what_a_kill_left_of_a_table_is_removed(folder: Path) -> None:
+    (folder / "cache" / "tables").mkdir(parents=True)
+    old, new = (folder / "cache" / "tables" / f".{name}.part" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_text("{")
+    os.utime(old, (1, 1))
+    read_samples(DataSource(path=table(folder, [GOOD])))
+    assert new.exists() and not old.exists()
+
+
 @pytest.mark.parametrize("kind", ["page", "text"])
 def test_damage_within_a_table(folder: Path, kind: str) -> None:
     """The table is at fault, not the disk that its rows are copied to; and no exception of pyarrow's gets through."""

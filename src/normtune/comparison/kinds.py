@@ -19,6 +19,7 @@ import numpy as np
 
 from normtune.comparison.variants import BASELINES, Variant, numbered, prepared, slug, stage1_variants
 from normtune.data import Collator, Sample, read_samples
+from normtune.data.skipping import policy
 from normtune.errors import InputError, did_you_mean
 from normtune.images import look_at
 from normtune.recipe import DataSource, Recipe, Stage
@@ -86,7 +87,7 @@ def kind_variants(
     if not members:
         raise InputError(f"no kinds to compare; the recipe has {', '.join(sources)}, and there is mixed")
     names = list(dict.fromkeys(name for own in members.values() for name in own))
-    read = {name: [read_samples(unlimited(source)) for source in sources[name]] for name in names}
+    read = {name: [read_samples(unlimited(source), policy(recipe)) for source in sources[name]] for name in names}
     pools = {name: Pool(sources[name], [[1] * len(part) for part in read[name]]) for name in names}
     fewest = smallest(pools, members.values())
     if equal == "supervised-tokens":

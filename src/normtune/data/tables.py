@@ -13,6 +13,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import time
 import uuid
 from collections.abc import Iterator
 from itertools import islice
@@ -25,6 +27,8 @@ from normtune.runlog import cache_folder, read_json, write_bytes
 
 COLUMNS = ("id", "conversations", "messages", "image", "images")
 ROWS = 32  # in memory at a time
+STALE = 24 * 3600.0  # seconds after which an unfinished file is one that nobody finishes
+_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # as the Hub names the files of a split
 
 
 def is_table(path: Path) -> bool:
@@ -59,11 +63,16 @@ def convert(path: Path, limit: int | None) -> tuple[Path, Path | None]:
     inside = False
     try:
         images.mkdir(parents=True, exist_ok=True)
+        for left in cache.glob(".*.part"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink(missing_ok=True)
         with part.open("w", encoding="utf-8") as lines:
             for row in islice(_rows(path, files), limit):
                 inside |= _move_images(row, images)
                 lines.write(json.dumps(row, default=str) + "\n")
             lines.flush()
+            if inside:
+                os.sync()  # the images, thousands of files: the rows must not outlive them when the power fails
             os.fsync(lines.fileno())
         done = cache / f"{key}{'-images' if inside else ''}.jsonl"
         os.replace(part, done)
@@ -94,6 +103,11 @@ def _files(path: Path) -> list[Path]:
             raise InputError(f"{path}/state.json: it does not list the files of a dataset") from error
     else:
         files = sorted(path.glob("*.parquet"))
+        several = sorted({match[1] for file in files if (match := _SPLIT.fullmatch(file.name))})
+        if len(several) > 1:
+            raise InputError(
+                f"{path} holds several splits, {', '.join(several)}: give a folder or a file of one of them"
+            )
     for file in files:
         if not file.is_file():
             raise InputError(f"data file {file} (from the current directory) cannot be read: No such file")
