@@ -133,12 +133,16 @@ def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[st
 def lost_steps(run: Path) -> list[int]:
     """After each kill that found steps in the log: how many of them were made again, by the log's starts."""
     before = dict(zip(STEPS, [0, *STEPS.values()], strict=False))  # steps of the stages before
-    found, last = [], 0
+    found, last, ended = [], 0, False
     for line in read_lines(run / "log.jsonl"):
-        if line.get("event") == "start" and last:
-            found.append(last - before[line["stage"]] - line["step"])
+        if line.get("event") == "start":
+            at = before[line["stage"]] + line["step"]
+            if last and not (ended and at == last):  # else the next stage of the same process
+                found.append(last - at)
+            last = at  # what was repeated is not counted again where no step follows
         if "loss" in line:
             last = before[line["stage"]] + line["step"]
+        ended = line.get("event") == "stage end"
     return found
 
 

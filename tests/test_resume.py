@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from benchmarks.crash import SAVE_EVERY, crash
+from benchmarks.crash import SAVE_EVERY, crash, lost_steps
 from safetensors.torch import load_file
 
 from command import run as command
@@ -651,3 +651,14 @@ def test_killed_at_random_moments(kills: int, tmp_path: Path) -> None:
     found = crash(tmp_path, kills, seed=kills)
     assert found["kills"] == kills and found["differing"] == []
     assert max(map(int, found["repeated"]), default=0) <= SAVE_EVERY
+
+
+def test_steps_that_kills_cost_are_counted_once(tmp_path: Path) -> None:
+    """A stage that follows another is no kill; a start without a step costs nothing more."""
+    events: list[dict[str, Any]] = [{"stage": "align", "step": n, "loss": 1.0} for n in range(1, 9)]
+    events[0:0] = [{"event": "start", "stage": "align", "step": 0}]
+    events += [{"event": "stage end", "stage": "align"}, {"event": "start", "stage": "instruct", "step": 0}]
+    events += [{"stage": "instruct", "step": n, "loss": 1.0} for n in (1, 2, 3)]
+    events += [{"event": "start", "stage": "instruct", "step": 0}] * 2
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    assert lost_steps(tmp_path) == [3, 0]
