@@ -437,7 +437,7 @@ def test_page_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     for name, rate in (("a", 1e-2), ("b", 2e-2)):
         save_adapter(tuned("layernorm-simple", torch.float32, rate), f"runs/{name}/adapter")
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)[0]
     names: dict[str, Any] = {"model": llava()}
     exec(compile(code, PAGE.name, "exec"), names)
     assert (tmp_path / "for-peft" / "adapter_config.json").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
 from collections import Counter
 from pathlib import Path
@@ -465,6 +466,20 @@ def test_plan_prints_the_memory_of_adapters(
     assert run("plan", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out)["bytes_bfloat16"] == 320_000
     assert run("plan", *options, "--batch", "2") == 2
+
+
+def test_page_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = llava()
+    for seed, name in enumerate("abc"):
+        adapter(model, seed, "layernorm").write(f"runs/{name}/adapter")
+    page = Path(__file__).parents[1] / "docs" / "adapters.md"
+    (code,) = [found for found in re.findall(r"```python\n(.*?)```", page.read_text(), re.S) if "nt.bank" in found]
+    given = pictures(model, images=3)
+    inputs = {"input_ids": given["input_ids"][:3], "pixel_values": given["pixel_values"], "max_new_tokens": 2}
+    names: dict[str, Any] = {"model": model, "inputs": inputs, "two_rows": {"input_ids": words(2)}}
+    exec(compile(code, page.name, "exec"), names)
+    assert len(names["ids"]) == 3 and len(names["logits"]) == 2
 
 
 @pytest.mark.parametrize("gate", ["none", "image"])
