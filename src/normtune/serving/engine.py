@@ -217,16 +217,20 @@ class Engine:
                 self._change.wait()
             if not (self._queue or running):
                 return None
-            self._taken = [self._queue.popleft() for _ in range(min(len(self._queue), self.slots - running))]
+            gone = [job for job in self._queue if job.cancelled]  # they leave the queue at once, slots or none
+            if gone:
+                self._queue = deque(job for job in self._queue if not job.cancelled)
+            free = min(len(self._queue), self.slots - running)
+            self._taken = gone + [self._queue.popleft() for _ in range(free)]
             return self._taken
 
     def _turn(self, jobs: list[Job]) -> None:
         """Admits `jobs` and makes a step."""
-        self._admitted += len(jobs)
         for job in jobs:
             if job.cancelled:
                 job.end("cancelled")
         jobs = [job for job in jobs if not job.done]
+        self._admitted += len(jobs)
         if jobs:
             self._runner.admit(jobs)
         self._runner.step()

@@ -120,6 +120,7 @@ class Slots:
         Raises what the model raises; the rows are then as they were before."""
         rows = slice(0, len(self)) if rows is None else rows
         columns = self.lengths[rows]
+        self._fit(len(self), max(self.lengths) + 1, self._cache)
         where = self._where
         where.rows, where.width = rows, max(columns) + 1
         where.index = torch.arange(rows.start, rows.stop, device=self.device)
@@ -169,7 +170,7 @@ class Slots:
         wide = width > have[2] or have[2] > 4 * width + ROOM
         if rows <= have[0] and not wide:
             return
-        columns = width + ROOM if wide else have[2]
+        columns = width + max(ROOM, width // 4) if wide else have[2]
         slots = max(rows, min(2 * have[0], 2 * rows)) if rows > have[0] else have[0]
         made: list[Any] = []
         for number, layer in enumerate(like.layers):
