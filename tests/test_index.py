@@ -143,6 +143,23 @@ def test_memory_is_that_of_a_window(
 # --- one file, two ways
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("x.json", '{"data": [' + "1, " * 400 + "1]}", "line 1, column 1: more than .* are no sample; expected a list"),
+        ("x.json", "[1,\n" + "[" + "1, " * 400 + "1]]", "line 2, column 1: more than .* are no sample"),
+        ("x.jsonl", "1\n[" + "1, " * 400 + "1]", r"line 2: more than .* \(is it one list\? Then name it \.json\)"),
+    ],
+)
+def test_an_entry_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, why: str) -> None:
+    """A list within an object, or a list by the name of lines: not read to its end, which would take gigabytes."""
+    monkeypatch.setattr(entries, "CHUNK", 64)
+    monkeypatch.setattr(entries, "MOST", 1000)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=why):
+        list(entries.read_entries(tmp_path / name))
+
+
 def outcome(given: DataSource, skips: bool) -> tuple[list[Sample], list[tuple[str, str]], str]:
     """The samples, what was left out, and the message of what was raised."""
     bad: list[tuple[str, str]] = []

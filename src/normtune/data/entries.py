@@ -3,7 +3,7 @@
 Scope: bytes to JSON values, with the line and column of what is no JSON. Non-scope: what a sample is (samples.py).
 Source: the grammar and the messages are those of Python's `json`, whose decoder parses each entry.
 
-Memory: a window of the file, `CHUNK` bytes or the longest entry.
+Memory: a window of the file, `CHUNK` bytes or the longest entry, which may have `MOST`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, BinaryIO, NoReturn
 from normtune.errors import InputError
 
 CHUNK = 1 << 22  # bytes read at a time
+MOST = 1 << 26  # bytes or characters of an entry: parsed, it takes about five times that
+_TOO_LONG = f"more than {MOST:,} characters are no sample"
 _MARGIN = 16  # characters, more than what tells a token from the beginning of another, such as "-Infinity"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -78,7 +80,9 @@ def kind_of(value: Any) -> str:
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[Entry]:
     start = 0
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(iter(lambda: file.readline(MOST + 1), b""), 1):
+        if len(line) > MOST:
+            raise InputError(f"{path}, line {number}: {_TOO_LONG} (is it one list? Then name it .json)")
         skipped = len(_BOM) if number == 1 and line.startswith(_BOM) else 0
         value, problem = None, None
         try:
@@ -157,6 +161,9 @@ class _Window:
                     self.fail(error.msg, error.pos)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{self.path}: no usable JSON: {error}") from error
+            if len(self.text) - self.at > MOST:
+                line, column = self._place(self.at)
+                raise InputError(f"{self.path}, line {line}, column {column}: {_TOO_LONG}; expected a list of samples")
             self._more()
 
     def fail(self, message: str, at: int | None = None) -> NoReturn:
