@@ -150,6 +150,7 @@ def test_a_signal_within_an_accumulation(
         on_loss(patch, number, lambda: (forwards.append(1), signal.raise_signal(signal_number), None)[2])
         error = interrupted(recipe, out=tmp_path / "cut")
     assert error.exit_code == 128 + signal_number and f"after step {after[1]} of {after[0]}" in str(error)
+    assert ("nothing to save yet" if number == 1 else f"saved in {tmp_path}") in str(error)
     train(recipe, out=tmp_path / "cut", resume=True, quiet=True)
     train(recipe, out=tmp_path / "whole", quiet=True)
     assert_same(adapter(tmp_path / "whole"), adapter(tmp_path / "cut"))

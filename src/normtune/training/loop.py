@@ -190,9 +190,9 @@ def keep_safe(loop: Loop, optimizer: torch.optim.Optimizer, index: int, step: in
     if told:
         loop.saver.finish()
         loop.accelerator.wait_for_everyone()
+        saved = f"saved in {loop.run.checkpoints}" if loop.run.checkpoints.is_dir() else "with nothing to save yet"
         raise Interrupted(
-            f"stopped after step {step} of {loop.recipe.stages[index].name}, saved in {loop.run.checkpoints}; "
-            "go on with --resume",
+            f"stopped after step {step} of {loop.recipe.stages[index].name}, {saved}; go on with --resume",
             signal.SIGTERM if terminated else signal.SIGINT,
         )
 

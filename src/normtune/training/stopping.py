@@ -13,8 +13,8 @@ from normtune.errors import NormtuneError
 from normtune.progress import say
 
 ONE = 5.0
-"""Seconds within which signals are one: a scheduler's may reach torchrun and what it has started, and torchrun passes it
-on."""
+"""Seconds within which signals are one: a scheduler's may reach torchrun and what it has started, and torchrun passes
+it on."""
 
 
 class Interrupted(NormtuneError):
