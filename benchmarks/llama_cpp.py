@@ -1,10 +1,11 @@
 """`python -m benchmarks.llama_cpp RUN --python PYTHON`: exported GGUF files in llama.cpp itself, against our answers.
 
-RUN is a run on the embedded world that trained norms, connector or both. Its LLM is written as a GGUF file (F32, and
-matrices in Q8_0 with --quantized), `normtune export --format gguf` puts the adapter in and writes mmproj.gguf, and
-llama.cpp, as the package xllamacpp of PYTHON's environment has it, answers questions about images of the encoder's
-size (others it would resize by its own rule). Reported: equal greedy answers, and how far log-probabilities of first
-tokens are apart, for the tuned files and, to show that it matters, for the base's file with the same mmproj.
+RUN is a run (or an adapter) on the embedded world's LLM that trained norms, connector or both. Its LLM is written as a
+GGUF file (F32, and matrices in Q8_0 with --quantized), `normtune export --format gguf` puts the adapter in and writes
+mmproj.gguf, and llama.cpp, as the package xllamacpp of PYTHON's environment has it, answers questions about images of
+the encoder's size (others it would resize by its own rule). Reported: equal greedy answers, and how far
+log-probabilities of first tokens are apart, for the tuned files and, to show that it matters, for the base's file with
+the same mmproj.
 
 The world's tokenizer (whole words) is none of llama.cpp's: the file's tokens are named <t0>, <t1>, ... and prompts are
 written with those names, so that both sides read the same ids.
@@ -61,7 +62,7 @@ json.dump({"version": x.__version__, "answers": answers}, open(sys.argv[2], "w")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="run folder on the embedded world, without trained embedding or head")
+    parser.add_argument("run", help="run or adapter folder on the embedded world's LLM, embedding and head not trained")
     parser.add_argument("--python", type=Path, required=True, help="of an environment with xllamacpp")
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--quantized", action="store_true", help="matrices of the LLM in Q8_0")
@@ -112,9 +113,10 @@ def here(run: str, count: int) -> tuple[list[dict[str, str]], list[dict[str, Any
 
     tuned = open_tuned(run)
     model, processor = tuned.model.eval(), tuned.processor
+    size = model.config.vision_config.image_size
     prompts, answers = [], []
     for number, path in enumerate(images_of(None, count)):
-        image = Image.open(path).convert("RGB")
+        image = Image.open(path).convert("RGB").resize((size, size))
         content = [{"type": "image"}, {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)

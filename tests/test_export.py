@@ -149,6 +149,7 @@ def test_gguf_command_writes_both_files(
     assert run(*export, "--out", "out", "--json") == 0
     written = document(capsys.readouterr().out)
     assert written["files"].keys() == {"llm-tuned.gguf", "mmproj.gguf"} and len(written["changed"]) == 4
+    assert "#25814" in written["warning"]  # the encoder is CLIP's
     assert written["embedding"]["deviation"] == 0 < written["embedding"]["limit"]
     new = gains(Path("out/llm-tuned.gguf"))
     wanted = model.get_submodule("model.language_model.layers.0.input_layernorm").weight.detach().numpy()
@@ -271,6 +272,10 @@ def test_mmproj_refuses_other_encoders_and_connectors(tmp_path: Path) -> None:
         write_mmproj(model, processor, tmp_path / "mmproj.gguf")
     with pytest.raises(InputError, match="one vision encoder"):
         write_mmproj(text_model(), processor, tmp_path / "mmproj.gguf")
+    model = llava()
+    model.config.vision_config.intermediate_size = model.config.vision_config.hidden_size
+    with pytest.raises(InputError, match="swaps its layers"):
+        write_mmproj(model, processor, tmp_path / "mmproj.gguf")
     assert not (tmp_path / "mmproj.gguf").exists()
 
 

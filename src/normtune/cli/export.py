@@ -18,6 +18,12 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Also where rounding 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")]
 
 
+CLASS_TOKEN = (
+    "the encoder has a class token, and llama.cpp builds without the fix of ggml-org/llama.cpp#25814 place its "
+    "features one off; compare answers, or use an encoder without one (SigLIP)"
+)
+
+
 class Dtype(enum.StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -194,6 +200,9 @@ def write_gguf(
             names = write_mmproj(tuned.model, tuned.processor, temporary / "mmproj.gguf", half=dtype is None)
             facts["mmproj"] = len(names)
             lines.append(f"{out / 'mmproj.gguf'}: vision encoder and connector, {len(names)} tensors")
+            if "v.class_embd" in names:
+                facts["warning"] = CLASS_TOKEN
+                lines.append(f"warning: {CLASS_TOKEN}")
     model = f"{out / f'{base.stem}-tuned.gguf'}" if base is not None and facts["changed"] else f"{base or 'LLM.gguf'}"
     lines.append(f"llama.cpp: llama-mtmd-cli -m {model} --mmproj {out / 'mmproj.gguf'} --image IMAGE -p QUESTION")
     return facts, lines if found.vision else [*lines[:-1], f"llama.cpp: llama-cli -m {model}"]

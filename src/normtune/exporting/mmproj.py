@@ -5,8 +5,10 @@ token), known by the names of their tensors, up to the layer whose features LLaV
 linear layers with GELU between them. Where nothing is between them (`linear`) the same file computes it exactly:
 gelu(x) - gelu(-x) = x, so that the first layer becomes [W; -W] and the second [V, -V].
 
-llama.cpp's GELU is the tanh approximation, and images of another size than the encoder's are resized and padded by its
-own code, not by the processor's. Source: llama.cpp, tools/mtmd/clip.cpp, clip-impl.h (keys, names) and models/llava.cpp
+An encoder with a class token is written as llama.cpp's converter writes it; builds of 2025 and 2026 append that token
+behind the patches and read positions and rows as if it stood in front (ggml-org/llama.cpp#25814), so that features are
+one place off until a build has the fix. llama.cpp's GELU is the tanh approximation, and images of another size than
+the encoder's are resized and padded by its own code, not by the processor's. Source: llama.cpp, tools/mtmd/clip.cpp, clip-impl.h (keys, names) and models/llava.cpp
 (what it computes). Not here: the LLM (gguf_norms.py).
 """
 
@@ -108,6 +110,8 @@ def encoder_config(model: Any) -> Any:
     missing = [key for key in SIZES if not isinstance(getattr(config, key, None), int | float)]
     if missing:
         raise InputError(f"the vision encoder's configuration has no {missing[0]}; llama.cpp takes CLIP and SigLIP")
+    if config.hidden_size == config.intermediate_size:
+        raise InputError("llama.cpp takes an MLP as wide as the encoder for one of an old file, and swaps its layers")
     if config.hidden_act not in ACTIVATIONS:
         raise InputError(f"the vision encoder's activation {config.hidden_act} is none that llama.cpp computes there")
     return config
