@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
 import browser
+import normtune as nt
 from browser import SCHEMES, WIDTHS
 from normtune.chat import Turn
 from normtune.errors import InputError
@@ -37,6 +42,8 @@ class FakeEngine:
     def prepare(self, turns: Sequence[Turn], images: Sequence[Image.Image], adapter: str | None) -> Any:
         if adapter not in (None, *self.bank.names):
             raise InputError(f"no adapter {adapter!r}")
+        if "bug" in turns[-1].text:
+            raise ZeroDivisionError("a trace of /this/machine")
         if "long" in turns[-1].text:
             raise InputError("the conversation has 900 tokens, but the model's context 512")
         assert sum(turn.text.count("<image>") for turn in turns) == len(images)
@@ -105,7 +112,16 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture(scope="module")
-def address(engine: FakeEngine) -> Iterator[str]:
+def short_refresh() -> Iterator[None]:
+    from normtune.serving import ui
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ui, "REFRESH", 0.5)
+        yield
+
+
+@pytest.fixture(scope="module")
+def address(engine: FakeEngine, short_refresh: None) -> Iterator[str]:
     with served(engine, ServerSettings(max_body=200_000, max_pixels=10_000)) as url:
         yield url
 
@@ -121,13 +137,17 @@ class Tab:
 
     def __init__(self, page: Any) -> None:
         self.page = page
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(20_000)
+        self.button("Ask").wait_for()
+
+    def button(self, name: str) -> Any:
+        return self.page.get_by_role("button", name=name, exact=True)
 
     def ask(self, text: str, *pictures: Path) -> None:
         if pictures:
             self.upload(*pictures)
         self.page.get_by_role("textbox", name="Question").fill(text)
-        self.page.get_by_role("button", name="Ask", exact=True).click()
+        self.button("Ask").click()
 
     def upload(self, *pictures: Path) -> None:
         self.page.set_input_files("#question input[type=file]", [str(path) for path in pictures])
@@ -144,93 +164,109 @@ class Tab:
         found.wait_for()
         return str(found.inner_text())
 
+    def restart(self) -> None:
+        self.button("New conversation").click()
+        self.page.get_by_text("Answers appear here.").first.wait_for()
+        self.page.locator("#message [role=alert]").wait_for(state="detached")
+
 
 @contextmanager
 def opened(chromium: Any, address: str, width: int = 1280, scheme: str = "light") -> Iterator[Tab]:
     """The page; at the end nothing may have been logged, nor asked of another host."""
     with browser.opened(chromium, address, width, scheme) as found:
-        found.page.get_by_role("button", name="Ask", exact=True).wait_for()
         yield Tab(found.page)
         strangers = [line for line in found.asked if address.removesuffix("/ui/") not in line and "data:" not in line]
         assert [*found.logged, *strangers] == []
 
 
-def test_a_picture_is_asked_about_and_the_conversation_remembered(chromium: Any, address: str, picture: Path) -> None:
+@pytest.fixture(scope="module")
+def shared(chromium: Any, address: str) -> Iterator[Tab]:
     with opened(chromium, address) as tab:
-        tab.ask("what is it?", picture)
-        tab.wait("colours answers what is it?, turn 1, pictures 40x30, t 0")
-        assert "tokens/s" in tab.page.locator("#figures0").inner_text()
-        assert tab.page.get_by_role("textbox", name="Question").input_value() == ""
-        tab.ask("and now?")
-        tab.wait("colours answers and now?, turn 2, pictures 40x30")
-        tab.page.get_by_role("button", name="New conversation").click()
-        tab.page.get_by_text("Answers appear here.").first.wait_for()
-        tab.ask("again?")
-        tab.wait("colours answers again?, turn 1, pictures none")
+        yield tab
 
 
-def test_two_models_answer_side_by_side_and_one_that_joins_sees_the_pictures(
-    chromium: Any, address: str, picture: Path
-) -> None:
-    with opened(chromium, address) as tab:
-        assert not tab.page.locator("#chat1").is_visible()
-        tab.ask("first", picture)
-        tab.wait("colours answers first, turn 1")
-        tab.choose("Side by side with", "base")
-        tab.ask("second")
-        tab.wait("colours answers second, turn 2, pictures 40x30")
-        tab.wait("base answers second, turn 1, pictures 40x30", 1)
-        assert "tokens/s" in tab.page.locator("#figures1").inner_text()
-        assert tab.page.locator("#chat1 img").count() == 1
-        tab.choose("Model", "shapes")
-        tab.ask("third")
-        tab.wait("shapes answers third, turn 3")
-        tab.wait("base answers third, turn 2", 1)
+@pytest.fixture
+def tab(shared: Tab) -> Iterator[Tab]:
+    """The page with a new conversation: loading it takes longer than most tests."""
+    yield shared
+    shared.choose("Model", "colours")
+    shared.choose("Side by side with", "nothing")
+    shared.restart()
 
 
-def test_stop_keeps_what_was_said(chromium: Any, address: str, engine: FakeEngine) -> None:
+def test_a_picture_is_asked_about_and_the_conversation_remembered(tab: Tab, picture: Path) -> None:
+    tab.ask("what is it?", picture)
+    tab.wait("colours answers what is it?, turn 1, pictures 40x30, t 0")
+    assert re.search(r"\d+ tokens, [\d.]+ tokens/s, first after", tab.page.locator("#figures0").inner_text())
+    assert tab.page.get_by_role("textbox", name="Question").input_value() == ""
+    tab.ask("and now?")
+    tab.wait("colours answers and now?, turn 2, pictures 40x30")
+    tab.restart()
+    tab.ask("again?")
+    tab.wait("colours answers again?, turn 1, pictures none")
+
+
+def test_two_models_answer_side_by_side_and_one_that_joins_sees_the_pictures(tab: Tab, picture: Path) -> None:
+    assert not tab.page.locator("#chat1").is_visible()
+    tab.ask("first", picture)
+    tab.wait("colours answers first, turn 1")
+    tab.choose("Side by side with", "base")
+    tab.ask("second")
+    tab.wait("colours answers second, turn 2, pictures 40x30")
+    tab.wait("base answers second, turn 1, pictures 40x30", 1)
+    assert "tokens/s" in tab.page.locator("#figures1").inner_text()
+    assert tab.page.locator("#chat1 img").count() == 1
+    tab.choose("Model", "shapes")
+    tab.ask("third")
+    tab.wait("shapes answers third, turn 3")
+    tab.wait("base answers third, turn 2", 1)
+
+
+def test_stop_keeps_what_was_said(tab: Tab, engine: FakeEngine) -> None:
     before = engine.cancelled
-    with opened(chromium, address) as tab:
-        stop = tab.page.get_by_role("button", name="Stop")
-        assert stop.is_disabled()
-        tab.ask("slow")
-        tab.wait("on and on")
-        stop.click()
-        tab.page.locator("#figures0").get_by_text("stopped").wait_for()
-        tab.ask("more")
-        tab.wait("colours answers more, turn 2")
+    assert tab.button("Stop").is_disabled()
+    tab.ask("slow")
+    tab.wait("on and on")
+    tab.button("Stop").click()
+    tab.page.locator("#figures0").get_by_text("stopped").wait_for()
+    tab.ask("more")
+    tab.wait("colours answers more, turn 2")
     assert engine.cancelled == before + 1
 
 
-@pytest.mark.parametrize("end", ["closing the tab", "a new conversation"])
-def test_leaving_stops_the_answer(chromium: Any, address: str, engine: FakeEngine, end: str) -> None:
+def test_a_new_conversation_and_a_closed_tab_stop_the_answer(chromium: Any, address: str, engine: FakeEngine) -> None:
     before = engine.cancelled
+
+    def stopped(number: int) -> None:
+        deadline = time.monotonic() + 30
+        while engine.cancelled < before + number and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert engine.cancelled == before + number
+
     with opened(chromium, address) as tab:
         tab.ask("slow")
         tab.wait("on and on")
-        if end == "a new conversation":
-            tab.page.get_by_role("button", name="New conversation").click()
-            tab.page.get_by_text("Answers appear here.").first.wait_for()
-            tab.ask("fresh")
-            tab.wait("colours answers fresh, turn 1")
-    deadline = time.monotonic() + 20
-    while engine.cancelled == before and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert engine.cancelled == before + 1
+        tab.restart()
+        stopped(1)
+        tab.ask("fresh")
+        tab.wait("colours answers fresh, turn 1")
+        tab.ask("slow")
+        tab.wait("on and on")
+    stopped(2)
 
 
-def test_adapters_come_and_go_while_the_page_is_open(chromium: Any, address: str, engine: FakeEngine) -> None:
-    with opened(chromium, address) as tab:
+def test_adapters_come_and_go_while_the_page_is_open(tab: Tab, engine: FakeEngine) -> None:
+    try:
         engine.bank.names = ["shapes", "maps"]
-        try:
-            tab.page.wait_for_function("document.querySelector('#first input').value === ''")  # colours was chosen
-            tab.ask("anyone?")
-            assert "choose a model" in tab.message()
-            tab.choose("Model", "maps")
-            tab.ask("anyone?")
-            tab.wait("maps answers anyone?, turn 1")
-        finally:
-            engine.bank.names = ["colours", "shapes"]
+        tab.page.wait_for_function("document.querySelector('#first input').value === ''")  # colours was chosen
+        tab.ask("anyone?")
+        assert "choose a model" in tab.message()
+        tab.choose("Model", "maps")
+        tab.ask("anyone?")
+        tab.wait("maps answers anyone?, turn 1")
+    finally:
+        engine.bank.names = ["colours", "shapes"]
+        tab.page.wait_for_function("document.querySelector('#first input').value === ''")
 
 
 def picture_of(kind: str, folder: Path) -> Path:
@@ -250,73 +286,175 @@ def picture_of(kind: str, folder: Path) -> Path:
         ("a full queue", "", "the queue is full; ask again"),
         ("too long", "", "has 900 tokens"),
         ("break", "", "the model stumbled"),
+        ("bug", "", "the server failed; its log says why"),
         ("  ", "", "ask something"),
     ],
 )
-def test_what_goes_wrong_is_told_on_one_line(
-    chromium: Any, address: str, tmp_path: Path, question: str, kind: str, words: str
+def test_what_goes_wrong_is_told_on_one_line(tab: Tab, tmp_path: Path, question: str, kind: str, words: str) -> None:
+    tab.ask(question, *([picture_of(kind, tmp_path)] if kind else []))
+    message = tab.message()
+    assert words in message and "\n" not in message and "/" not in message  # no trace, no path of this machine
+    tab.restart()
+    tab.ask("well?")
+    tab.wait("colours answers well?, turn 1, pictures none")
+
+
+def test_keyboard_alone_asks_and_settings_reach_the_model(tab: Tab) -> None:
+    tab.page.locator("#settings button").first.press("Enter")
+    heat = tab.page.get_by_role("spinbutton", name="Temperature")
+    for value in ("0.5", "0"):
+        heat.fill(value)
+        heat.press("Tab")
+        tab.page.get_by_role("textbox", name="Question").focus()
+        tab.page.keyboard.type(f"by keys at {value}")
+        tab.page.keyboard.press("Enter")
+        tab.wait(f"colours answers by keys at {value}")
+    tab.wait("pictures none, t 0.5")
+    tab.page.get_by_label("Seed").fill("many")
+    tab.ask("well?")
+    assert "no whole number" in tab.message()
+    tab.page.get_by_label("Seed").fill("")
+    tab.page.locator("#settings button").first.press("Enter")
+
+
+def test_answers_are_text_and_ask_nothing_of_other_hosts(tab: Tab) -> None:
+    text = '![x](http://example.com/x.png) <img src="http://example.com/y.png"> <b>a</b>  &amp; $$x$$'
+    tab.ask(text)
+    tab.wait(f"colours answers {text}, turn 1")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_page_is_readable_in_narrow_and_wide_windows_light_and_dark(
+    chromium: Any, address: str, picture: Path, scheme: str
 ) -> None:
-    with opened(chromium, address) as tab:
-        tab.ask(question, *([picture_of(kind, tmp_path)] if kind else []))
-        message = tab.message()
-        assert words in message and "Traceback" not in message and "\n" not in message
-        assert "/" not in message.replace("/s", "")  # no path of this machine
-        tab.page.get_by_role("button", name="New conversation").click()
-        tab.page.locator("#message [role=alert]").wait_for(state="detached")
-        tab.ask("well?")
-        tab.wait("colours answers well?, turn 1, pictures none")
-        assert not tab.page.locator("#message [role=alert]").count()
+    with opened(chromium, address, scheme=scheme) as tab:
+        tab.choose("Side by side with", "base")
+        tab.ask("what is it?" + " and" * 40 + " a" * 5 + "x" * 80, picture)
+        tab.wait("base answers what is it?", 1)
+        tab.page.locator("#ask:not([disabled])").wait_for()
+        tab.page.locator("#settings button").first.click()
+        tab.page.get_by_label("Seed").wait_for()
+        for width in WIDTHS:
+            tab.page.set_viewport_size({"width": width, "height": 900})
+            tab.page.wait_for_timeout(300)
+            tops = [tab.page.locator(f"#chat{side}").bounding_box()["y"] for side in (0, 1)]
+            assert (tops[0] == tops[1]) == (width > 700)  # one below the other on a phone
+            found = tab.page.evaluate(browser.CHECKS)
+            assert [line for line in found if line.startswith(("wide", "contrast"))] == []
+        unnamed = "all => all.filter(one => !one.labels?.length && !one.ariaLabel && one.type !== 'file').length"
+        assert tab.page.locator("textarea, input").evaluate_all(unnamed) == 0
+        dark = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) == (scheme == "dark")
 
 
-def test_an_upload_that_is_too_large_or_no_picture_is_refused(chromium: Any, address: str, tmp_path: Path) -> None:
+def test_what_a_browser_refuses(chromium: Any, address: str, tmp_path: Path) -> None:
+    """Uploads that are too large or no picture, and requests to other hosts; the console speaks of all of them."""
     (tmp_path / "large.png").write_bytes(bytes(300_000))
     (tmp_path / "notes.txt").write_text("no picture")
     with browser.opened(chromium, address, 1280, "light") as found:
         tab = Tab(found.page)
-        tab.page.get_by_role("button", name="Ask", exact=True).wait_for()
         for name, words in (("large.png", "maximum allowed size"), ("notes.txt", "nvalid file type")):
             tab.upload(tmp_path / name)
             tab.page.get_by_text(words).first.wait_for()
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_page_is_readable_in_narrow_and_wide_windows_light_and_dark(
-    chromium: Any, address: str, picture: Path, width: int, scheme: str
-) -> None:
-    with opened(chromium, address, width, scheme) as tab:
-        tab.choose("Side by side with", "base")
-        tab.ask("what is it?" + " and" * 40 + " a" * 5 + "x" * 80, picture)
-        tab.wait("base answers what is it?", 1)
-        tab.page.get_by_role("button", name="Settings").click()
-        tab.page.get_by_label("Seed").wait_for()
-        boxes = [tab.page.locator(f"#chat{side}").bounding_box() for side in (0, 1)]
-        assert (boxes[0]["y"] == boxes[1]["y"]) == (width > 700)  # one below the other on a phone
-        assert [line for line in tab.page.evaluate(browser.CHECKS) if line.startswith(("wide", "contrast"))] == []
-        unnamed = "all => all.filter(one => !one.labels?.length && !one.ariaLabel && one.type !== 'file').length"
-        assert tab.page.locator("textarea, input").evaluate_all(unnamed) == 0
-
-
-def test_keyboard_alone_asks_and_settings_reach_the_model(chromium: Any, address: str) -> None:
-    with opened(chromium, address) as tab:
-        tab.page.get_by_role("button", name="Settings").press("Enter")
-        tab.page.get_by_role("spinbutton", name="Temperature").fill("0.5")
-        tab.page.get_by_role("spinbutton", name="Temperature").press("Tab")
-        tab.page.get_by_role("textbox", name="Question").focus()
-        tab.page.keyboard.type("by keys")
-        tab.page.keyboard.press("Enter")
-        tab.wait("colours answers by keys, turn 1, pictures none, t 0.5")
-
-
-def test_answers_are_text_and_ask_nothing_of_other_hosts(chromium: Any, address: str) -> None:
-    with opened(chromium, address) as tab:
-        text = '![x](http://example.com/x.png) <img src="http://example.com/y.png"> <b>a</b>  &amp; $$x$$'
-        tab.ask(text)
-        tab.wait(f"colours answers {text}, turn 1")
-
-
-def test_browsers_are_told_to_ask_no_other_host(chromium: Any, address: str) -> None:
-    with browser.opened(chromium, address, 1280, "light") as found:
         ask = "fetch('http://example.com/').then(() => 'reached', () => 'refused')"
         assert found.page.evaluate(ask) == "refused"
         assert any("Content Security Policy" in line for line in found.logged)
+
+
+@pytest.mark.parametrize("path", ["http://example.com/a.png", "https://127.0.0.1/a.png", "/etc/passwd"])
+def test_a_file_is_an_upload_and_nothing_else(address: str, engine: FakeEngine, path: str) -> None:
+    """Otherwise the server would fetch what a client names, or show it what lies on its disk."""
+    functions = httpx.get(f"{address}config").json()["dependencies"]
+    ask = next(each["id"] for each in functions if len(each["inputs"]) == 7)
+    file = {"path": path, "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    data = [{"text": "well?", "files": [file]}, "colours", "<none>", 0, 1, 9, ""]
+    call = {"data": data, "fn_index": ask, "session_hash": f"s{len(path)}"}
+    assert httpx.post(f"{address}gradio_api/queue/join", json=call).status_code == 200
+    told = httpx.get(f"{address}gradio_api/queue/data", params={"session_hash": call["session_hash"]}, timeout=20).text
+    ended = [json.loads(line[6:]) for line in told.splitlines() if "process_completed" in line]
+    assert [each["success"] for each in ended] == [False]
+    assert "root:" not in told
+
+
+def test_with_a_key_nothing_is_reached_before_it_is_given(engine: FakeEngine) -> None:
+    with (
+        served(engine, ServerSettings(api_key="k\N{LATIN SMALL LETTER E WITH ACUTE}y")) as url,
+        httpx.Client() as client,
+    ):
+        form = client.get(url)
+        assert form.status_code == 401 and 'type="password"' in form.text and "gradio" not in form.text
+        for path in ("config", "gradio_api/upload", "gradio_api/queue/join", "gradio_api/heartbeat/x", "theme.css"):
+            assert client.get(url + path).status_code == client.post(url + path).status_code == 401
+        assert client.post(url, content=b"key=" + b"x" * 5000).status_code == 413
+        wrong = client.post(url, data={"key": "other"})
+        assert wrong.status_code == 401 and "not the key" in wrong.text and not client.cookies
+        right = client.post(url, data={"key": "k\N{LATIN SMALL LETTER E WITH ACUTE}y"})
+        assert right.status_code == 303 and {"HttpOnly", "SameSite=strict"} <= set(
+            right.headers["set-cookie"].split("; ")
+        )
+        assert "gradio_config" in client.get(url).text
+        assert client.get(url + "config").status_code == 200
+
+
+def test_uploads_are_deleted_when_the_server_ends(engine: FakeEngine, picture: Path) -> None:
+    with served(engine) as url:
+        answer = httpx.post(f"{url}gradio_api/upload", files={"files": ("own.png", picture.read_bytes() + b"own")})
+        (kept,) = map(Path, answer.json())
+        assert kept.is_file()
+    assert not kept.exists()
+
+
+def test_a_real_model_answers_as_it_does_offline(
+    chromium: Any, mllm_folder: Path, tmp_path: Path, picture: Path
+) -> None:
+    from normtune.evaluation import answer
+    from normtune.serving import Engine
+
+    model, processor = nt.load(str(mllm_folder))
+    expected = {}
+    with Image.open(picture) as image:
+        asked = [([Turn("user", "<image>\nIs there a red circle?")], [image.convert("RGB")])]
+    expected["base"] = answer(model, processor, asked, 12, batch_size=1)[0]
+    nt.apply(model, "layernorm-simple")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data *= 0.4
+    folder = nt.save_adapter(model, tmp_path / "adapter")
+    expected["tuned"] = answer(model, processor, asked, 12, batch_size=1)[0]
+    assert expected["base"] != expected["tuned"]
+    model, processor = nt.load(str(mllm_folder))
+    settings = ServerSettings(max_tokens=12)
+    with (
+        nt.bank(model, {"tuned": folder}) as bank,
+        Engine(bank, processor) as engine,
+        served(engine, settings) as url,
+        opened(chromium, url) as tab,
+    ):
+        tab.choose("Side by side with", "base")
+        tab.ask("Is there a red circle?", picture)
+        for side, name in enumerate(("tuned", "base")):
+            tab.page.locator(f"#figures{side}").get_by_text("12 tokens").wait_for()
+            said = tab.page.locator(f"#chat{side} [data-testid=bot]").last.text_content()
+            assert said.strip() == expected[name]
+
+
+def test_conversations_are_bounded_and_forgotten_oldest_first() -> None:
+    from normtune.serving.ui_conversations import Conversations, Picture
+
+    tabs = Conversations(max_bytes=100, max_tabs=3)
+    for name in "abc":
+        tabs.of(name).pictures.append(Picture(Path(f"{name}.png"), bytes(40)))
+        tabs.trim()
+    assert [len(tabs.of(name).pictures) for name in "bc"] == [1, 1]
+    assert tabs.of("a").pictures == []
+    tabs.of("d")
+    assert tabs.of("b").pictures == []  # the one unused for longest of more than three
+    tabs.forget("c")
+    assert tabs.of("c").pictures == []
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "normtune.serving.ui", raising=False)
+    with pytest.raises(InputError, match=re.escape("pip install 'normtune[ui]'")):
+        import normtune.serving.ui  # noqa: F401
