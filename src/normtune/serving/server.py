@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -19,6 +20,10 @@ from normtune.errors import InputError, NormtuneError
 from normtune.progress import say
 from normtune.serving.engine import Engine
 from normtune.serving.limits import DRAIN_SECONDS, ServerSettings
+
+SWITCH = (
+    5e-4  # seconds until a thread that reads requests lets the model's thread go on, which waits at every operation
+)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -84,10 +89,13 @@ def run(
         Forced: a second signal came.
     """
     server = Server(app, settings, ready)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
     engine.start()
     try:
         server.run(sockets=[listener])
     finally:
+        sys.setswitchinterval(before)
         engine.close(drain=server.forced is None)
         app.state.answers.close()
     if server.forced is not None:
