@@ -230,6 +230,13 @@ def test_a_long_answer(make: Callable[..., Engine], reference: Reference) -> Non
         assert max(one.pieces[-1].tokens for one in told) > 2 * ROOM
 
 
+def test_rows_of_a_bfloat16_base_join(mllm_folder: Path, adapters: dict[str, Path]) -> None:
+    model, processor = nt.load(str(mllm_folder), dtype="bfloat16")
+    with bank(model, adapters) as held, Engine(held, processor) as engine:
+        assert engine.joins
+        assert asked(engine, Ask("What is it?", 1, "whole")) != asked(engine, Ask("What is it?", 1))
+
+
 def test_steps_are_shared(make: Callable[..., Engine]) -> None:
     """Eight answers of twelve tokens take the steps of one, and no more."""
     engine = make(slots=8)

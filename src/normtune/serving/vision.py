@@ -76,7 +76,9 @@ class Vision:
             mine = bank.connect(bank.entry(None), features)[0]  # [T, H]
             theirs = self._read(blank[None])[0]
         self.tokens = len(mine)
-        if mine.shape != theirs.shape or not torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3):
+        tolerance = 1e-4 if theirs.dtype == torch.float32 else 5e-2
+        alike = mine.shape == theirs.shape and (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
+        if not alike:
             raise InputError("between encoder and LLM this model has more than a connector")
 
     def look(self, image: Image.Image) -> Picture:
@@ -127,11 +129,6 @@ class Vision:
             own = [next(features) for _ in prompt.pictures]
             made.append(list(bank.connect(prompt.adapter, torch.stack(own))) if own else [])
         return made
-
-    def forget(self) -> None:
-        with self._lock:
-            self._kept.clear()
-            self._bytes = 0
 
     def _keep(self, found: dict[bytes, torch.Tensor]) -> None:
         with self._lock:
