@@ -6,10 +6,14 @@ import contextlib
 import io
 import json
 import re
+import signal
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from command import run
@@ -69,6 +73,29 @@ def test_runs_can_be_talked_to(result: dict[str, Any], capsys: pytest.CaptureFix
     scene = str(Path(result["run"]) / "scenes" / "1.png")
     assert run("chat", f"{result['run']}/layernorm", "Is there a red circle in the image?", "--image", scene) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_a_finished_demo_is_served_with_its_page(result: dict[str, Any]) -> None:
+    pytest.importorskip("gradio", reason="needs gradio (pip install 'normtune[ui]')")
+    command = [sys.executable, "-m", "normtune", "demo", "--ui", "--port", "0", "--out", result["run"]]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        ready = next(line for line in server.stderr if "page at" in line)
+        page, names = re.findall(r"(http://\S+/ui), API at \S+/v1: (.*);", ready)[0]
+        assert names.split(", ") == [
+            "base",
+            "layernorm",
+            "layernorm-simple",
+            "connector-embed-head",
+            "connector",
+            "stage1",
+        ]
+        config = httpx.get(f"{page}/config").json()
+        (samples,) = [part["props"] for part in config["components"] if part["type"] == "dataset"]
+        assert len(samples["samples"]) == len(list((Path(result["run"]) / "scenes").glob("*.png")))
+        server.send_signal(signal.SIGINT)
+        server.stderr.read()
+    assert server.returncode == 0
 
 
 def test_an_existing_folder_is_refused(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

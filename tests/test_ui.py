@@ -308,7 +308,7 @@ def test_keyboard_alone_asks_and_settings_reach_the_model(tab: Tab) -> None:
         tab.page.get_by_role("textbox", name="Question").focus()
         tab.page.keyboard.type(f"by keys at {value}")
         tab.page.keyboard.press("Enter")
-        tab.wait(f"colours answers by keys at {value}")
+        tab.wait(f"colours answers by keys at {value},")
     tab.wait("pictures none, t 0.5")
     tab.page.get_by_label("Seed").fill("many")
     tab.ask("well?")
