@@ -261,7 +261,7 @@ def test_mmproj_computes_our_features(vision: str, connector: str, half: bool, t
 
 def test_mmproj_refuses_other_encoders_and_connectors(tmp_path: Path) -> None:
     model, processor = load(tiny_mllm(tmp_path / "dino", vision="dinov2"))
-    with pytest.raises(InputError, match=r"CLIP and SigLIP|CLIP's and SigLIP's"):
+    with pytest.raises(InputError, match="built as CLIP's"):
         write_mmproj(model, processor, tmp_path / "mmproj.gguf")
     model = llava(act="relu")
     with pytest.raises(InputError, match="activation relu"):

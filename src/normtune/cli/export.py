@@ -20,7 +20,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print what was written
 
 CLASS_TOKEN = (
     "the encoder has a class token, and llama.cpp builds without the fix of ggml-org/llama.cpp#25814 place its "
-    "features one off; compare answers, or use an encoder without one (SigLIP)"
+    "features one off; compare answers, or use an encoder without such a token"
 )
 
 

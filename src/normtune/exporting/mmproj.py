@@ -8,7 +8,9 @@ gelu(x) - gelu(-x) = x, so that the first layer becomes [W; -W] and the second [
 An encoder with a class token is written as llama.cpp's converter writes it; builds of 2025 and 2026 append that token
 behind the patches and read positions and rows as if it stood in front (ggml-org/llama.cpp#25814), so that features are
 one place off until a build has the fix. llama.cpp's GELU is the tanh approximation, and images of another size than
-the encoder's are resized and padded by its own code, not by the processor's. Source: llama.cpp, tools/mtmd/clip.cpp, clip-impl.h (keys, names) and models/llava.cpp
+the encoder's are resized and padded by its own code, not by the processor's.
+
+Source: llama.cpp, tools/mtmd/clip.cpp, clip-impl.h (keys, names) and models/llava.cpp
 (what it computes). Not here: the LLM (gguf_norms.py).
 """
 
@@ -109,7 +111,9 @@ def encoder_config(model: Any) -> Any:
     config: Any = getattr(model.config, "vision_config", None)
     missing = [key for key in SIZES if not isinstance(getattr(config, key, None), int | float)]
     if missing:
-        raise InputError(f"the vision encoder's configuration has no {missing[0]}; llama.cpp takes CLIP and SigLIP")
+        raise InputError(
+            f"the vision encoder's configuration has no {missing[0]}; llama.cpp takes those built as CLIP's"
+        )
     if config.hidden_size == config.intermediate_size:
         raise InputError("llama.cpp takes an MLP as wide as the encoder for one of an old file, and swaps its layers")
     if config.hidden_act not in ACTIVATIONS:
@@ -146,12 +150,14 @@ def encoder_tensors(encoder: nn.Module, layer: int) -> dict[str, torch.Tensor]:
         else:
             raise InputError(
                 f"the vision encoder has a tensor {name} that llama.cpp's mlp projector knows nothing of;\n"
-                "it takes encoders built as CLIP's and SigLIP's"
+                "it takes encoders built as CLIP's, with a class token or without"
             )
     wanted = {f"v.blk.{i}.{own}.weight" for i in range(layer) for own in BLOCK.values()}
     wanted |= {"v.patch_embd.weight", "v.position_embd.weight"}
     if wanted - result.keys():
-        raise InputError(f"the vision encoder has no {min(wanted - result.keys())}; llama.cpp takes CLIP and SigLIP")
+        raise InputError(
+            f"the vision encoder has no {min(wanted - result.keys())}; llama.cpp takes those built as CLIP's"
+        )
     return result
 
 
