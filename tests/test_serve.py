@@ -35,7 +35,7 @@ from normtune.chat import Turn
 from normtune.evaluation import answer
 from normtune.serving import Engine, remote
 from normtune.serving.limits import ApiError, Held, Load, ServerSettings, read_body
-from normtune.serving.protocol import MAX_STOPS, NEUTRAL, read_request
+from normtune.serving.protocol import IGNORED, MAX_STOPS, NEUTRAL, read_request
 from normtune.serving.uploads import Encoded
 from served import KEY, Scripted, Served, ask, eventually, serving
 from test_engine import save_adapters, silence
@@ -692,7 +692,21 @@ def test_metrics_of_the_real_engine(real: Served) -> None:
     } <= names
 
 
-# --- the command
+# --- the page and the command
+
+
+def test_the_page_names_what_there_is(calm: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    page = PAGE.read_text()
+    page = page[: page.index("## Other engines")]
+    for name in (*NEUTRAL, *IGNORED):
+        assert f"`{name}`" in page, name
+    families = text_string_to_metric_families(calm.get("/metrics").text)
+    shown = {f"{family.name}{'_total' * (family.type == 'counter')}" for family in families}
+    named = set(re.findall(r"`(normtune_[a-z_]+)`", page))
+    assert {name for name in shown if not name.endswith("_created")} == named
+    assert run("serve", "--help") == 0
+    options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    assert set(re.findall(r"`(--[a-z][a-z-]+)`", page)) <= options
 
 
 COMMANDS = {  # arguments -> message
@@ -724,3 +738,18 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run("serve", "nowhere") == 2
     assert "pip install 'normtune[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_load_program_runs_small(tmp_path: Path) -> None:
+    small = ["--requests", "60", "--clients", "12", "--alone", "12", "--questions", "6", "--steps", "2"]
+    words = ["--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "x.json")]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.serve", *small, *words],
+        cwd=PAGE.parents[1], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads((tmp_path / "x.json").read_text())
+    for way in ("batching", "alone"):
+        assert found[way]["lost"] == found[way]["wrong"] == 0 and found[way]["latency_seconds"]["p99"] > 0
+    assert found["batching"]["requests"] == 60 and 0 < found["batching"]["with_image"] < 60
+    assert found["batching"]["steps"] < found["batching"]["tokens"] and "batching x" in done.stdout
