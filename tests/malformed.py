@@ -175,6 +175,7 @@ BODIES: dict[str, bytes] = {  # that are no JSON object
     "half a surrogate pair in a key": b'{"model": "base", "\\udc00": 1}',
     "half a surrogate pair as the model": b'{"model": "\\ud800", "messages": [{"role": "user", "content": "x"}]}',
     "a long number": b'{"model": "base", "seed": ' + b"9" * 10_000 + b"}",
+    "millions of values": b'{"model": [' + b"0," * 2**20 + b"0]}",
     "comments": b'{"model": "base"} // yes',
     "two documents": json.dumps(text()).encode() * 2,
     "a zero byte": b'{"model": "base\x00"}',

@@ -436,6 +436,14 @@ def test_remote_images_come_from_the_checked_address(site_for: Any, monkeypatch:
     assert "cookie" not in asked and "authorization" not in asked
 
 
+def test_a_certificate_must_be_the_names(site_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = site_for(b"no certificate")
+    monkeypatch.setattr(remote, "PORTS", {"https": site.port})
+    with pytest.raises(ApiError, match="cannot be fetched"):
+        fetched("https://cat.example/a.png")
+    assert b"cat.example" in site.asked[0] and site.asked[0][:1] == b"\x16"  # the handshake names it, over TLS
+
+
 REMOTE = {
     "redirect": (reply(b"", "302 Found", more="Location: http://127.0.0.1/\r\n"), "answered 302; redirects are not"),
     "missing": (reply(b"", "404 Not Found"), "answered 404"),

@@ -181,19 +181,19 @@ class Exchange:
         self.scope, self.receive, self.send = scope, receive, send
         self.status = GONE
         self.model: str | None = None
-        self.read = self.streaming = False  # the request's body; events
+        self.read = self.started = self.streaming = False  # the request's body; the response; its events
 
     def name(self, model: str) -> None:
         self.model = model
 
     async def respond(self, response: Response) -> None:
-        self.status = response.status_code
+        self.status, self.started = response.status_code, True
         await response(self.scope, self.receive, self.send)
 
     async def event(self, document: dict[str, Any]) -> None:
         """One server-sent event; the headers before the first."""
         if not self.streaming:
-            self.streaming = True
+            self.started = self.streaming = True
             kind = (b"content-type", b"text/event-stream; charset=utf-8")
             headers = [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
             await self.send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -207,6 +207,8 @@ class Exchange:
     async def fail(self, error: ApiError) -> None:
         """The error as the response, or as the last event of a stream that began."""
         self.status = error.status
+        if self.started and not self.streaming:
+            return  # a client that does not read what it has been sent
         try:
             async with asyncio.timeout(DRAIN_SECONDS):  # the client may not read at all
                 if not self.streaming:

@@ -147,6 +147,8 @@ def read_request(body: bytes) -> ChatRequest:
 def read_json(body: bytes) -> Any:
     """As `json.loads`; ApiError 400 for what is no JSON, NaN and Infinity included, or nested too deeply."""
     try:
+        if body.count(b",") > MAX_TEXT:  # a list of millions would hold up every thread while it is read
+            raise ValueError("it has too many values")
         text = body.decode("utf-8")
         found = json.loads(text, parse_constant=_no_constant)
         if re.search(rb"\\u[dD]", body):  # a pair of surrogates, or half of one, which no tokenizer takes
@@ -160,7 +162,7 @@ def read_json(body: bytes) -> Any:
         reason = "it has half of a surrogate pair"
     except json.JSONDecodeError as error:
         reason = f"{error.msg}, line {error.lineno}, column {error.colno}"
-    except ValueError as error:  # NaN, or a number of thousands of digits
+    except ValueError as error:  # NaN, a number of thousands of digits, too many values
         reason = str(error).partition(";")[0]
     raise ApiError(400, f"The request's body is not valid JSON: {reason}.", code="invalid_json")
 
