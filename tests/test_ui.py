@@ -376,6 +376,14 @@ def test_a_file_is_an_upload_and_nothing_else(address: str, engine: FakeEngine, 
     assert "root:" not in told
 
 
+def test_a_body_is_no_larger_than_an_upload(address: str) -> None:
+    body = b'{"data": ["' + b"x" * 400_000 + b'"]}'
+    for url in ("gradio_api/queue/join", "gradio_api/run/predict", "gradio_api/upload"):
+        assert httpx.post(address + url, content=body).status_code == 413
+    chunks = (body[start : start + 50_000] for start in range(0, len(body), 50_000))
+    assert httpx.post(f"{address}gradio_api/queue/join", content=chunks).status_code == 413
+
+
 def test_with_a_key_nothing_is_reached_before_it_is_given(engine: FakeEngine) -> None:
     with (
         served(engine, ServerSettings(api_key="k\N{LATIN SMALL LETTER E WITH ACUTE}y")) as url,

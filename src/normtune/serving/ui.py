@@ -38,6 +38,7 @@ except ImportError as error:
     raise InputError("the page needs Gradio: pip install 'normtune[ui]'") from error
 
 NONE, BASE = "<none>", "<base>"  # values of a choice that are no adapter's name
+MARGIN = 2**16  # bytes around an uploaded file
 REFRESH = 5.0  # seconds between two looks at which adapters there are
 KEEP = 3600  # seconds that an uploaded file is kept at most; all go when the server ends
 FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
@@ -76,9 +77,10 @@ def mount(
     ]
     gr.mount_gradio_app(
         app, blocks, path, theme=_theme(), js=NAME_BOX, head=f"<style>{STYLE.read_text()}</style>",
-        app_kwargs={"middleware": around}, max_file_size=settings.max_body,
-        allowed_paths=[str(file.resolve()) for file, _ in examples], footer_links=[], run_history=False,
-        show_error=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
+        app_kwargs={"middleware": around, "max_body_size": settings.max_body + MARGIN},
+        max_file_size=settings.max_body, allowed_paths=[str(file.resolve()) for file, _ in examples],
+        footer_links=[], run_history=False, show_error=False, ssr_mode=False, mcp_server=False,
+        enable_monitoring=False, pwa=False,
     )  # fmt: skip
     app.add_api_route("/favicon.ico", lambda: Response(ICON, media_type="image/svg+xml"), include_in_schema=False)
 
@@ -153,7 +155,7 @@ class Page:
                 render_markdown=False, latex_delimiters=[], buttons=[], feedback_options=None,
                 elem_id=f"chat{number}", allow_file_downloads=False, placeholder="Answers appear here.",
             )  # fmt: skip
-            figures = gr.HTML("", elem_id=f"figures{number}", elem_classes="figures")
+            figures = gr.HTML("", elem_id=f"figures{number}")
         return column, chat, figures
 
     def question_box(self) -> Any:
