@@ -113,7 +113,7 @@ def here(run: str, questions: list[tuple[str, str]]) -> list[str]:
 
     torch.set_num_threads(1)
     tuned = open_tuned(run)
-    items = [([Turn("user", f"<image>{question}")], [Path(path)]) for path, question in questions]
+    items = [([Turn("user", f"<image>\n{question}")], [Path(path)]) for path, question in questions]
     return answer(tuned.model, tuned.processor, items, TOKENS, batch_size=1)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from command import run
 from models import tiny_mllm
 from normtune.adapter import Adapter, load_adapter, save_adapter, weighted_sum
+from normtune.chat import Turn
 from normtune.errors import InputError
+from normtune.evaluation import answer
 from normtune.exporting import apply_to_gguf, export_delta, model_card, read_evaluations, write_mmproj
 from normtune.exporting.gguf_base import MARK
 from normtune.model import load
@@ -68,6 +74,11 @@ def test_transformers_folder(
     ids = torch.tensor([[5, *[image_id] * 16, 6, 7], [8, *[image_id] * 16, 9, 10]])
     with torch.no_grad():
         assert torch.equal(alone(input_ids=ids, pixel_values=pixels).logits, model(ids, pixel_values=pixels).logits)
+    code = Path("out/README.md").read_text().split("```python\n")[1].split("```")[0].replace("FOLDER", "out")
+    Image.new("RGB", (32, 32), (200, 30, 30)).save("image.jpg")
+    exec(code, {})  # as a reader would
+    conversation = [Turn("user", "<image>\nWhat is in the image?")], [Path("image.jpg")]
+    assert capsys.readouterr().out.strip() == answer(model, processor, [conversation], 64)[0]
 
 
 def test_card_states_recipe_scores_and_no_path(tmp_path: Path) -> None:
@@ -335,6 +346,10 @@ def test_merge_of_several_and_between_two(
         assert torch.equal(tensor, b.tensors[name])
     for name, tensor in Adapter.read("between/share-0.75").tensors.items():
         torch.testing.assert_close(tensor, mixed.tensors[name], rtol=0, atol=1e-6)
+    assert run("merge", "a", "--weights", "0.5", "--out", "half") == 0
+    half, base = Adapter.read("half"), a.base
+    for name in half.tensors.keys() & base.keys():
+        torch.testing.assert_close(half.tensors[name], 0.5 * (a.tensors[name] + base[name]), rtol=0, atol=1e-6)
     assert run("merge", "a", "--out", "folded", "--json") == 0
     assert document(capsys.readouterr().out)["survival"]["worst"] == 1.0 and Path("folded/config.json").is_file()
     wrong = [
@@ -385,3 +400,15 @@ def test_gguf_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(InputError, match=r"normtune\[gguf\]"):
         apply_to_gguf(tuned(text_model()), tmp_path / "x.gguf", tmp_path / "y.gguf")
+
+
+@pytest.mark.slow
+def test_the_folder_answers_alike_in_an_environment_of_its_own(mllm: Path, tmp_path: Path) -> None:
+    """NORMTUNE_PLAIN_PYTHON: of an environment with torch, transformers and pillow, without normtune."""
+    python = os.environ.get("NORMTUNE_PLAIN_PYTHON")
+    if not python:
+        pytest.skip("set NORMTUNE_PLAIN_PYTHON, or run `python -m benchmarks.standalone RUN`, which makes one")
+    write_adapter(mllm, tmp_path / "adapter")
+    command = [sys.executable, "-m", "benchmarks.standalone", str(tmp_path / "adapter"), "--python", python]
+    subprocess.run([*command, "--json", str(tmp_path / "result.json")], check=True, cwd=Path(__file__).parents[1])
+    assert json.loads((tmp_path / "result.json").read_text())["same"] == 50

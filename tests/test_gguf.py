@@ -285,3 +285,26 @@ def test_a_file_that_is_cut_off_is_refused(share: float, tmp_path: Path) -> None
     base.write_bytes(base.read_bytes()[: int(share * base.stat().st_size)])
     with pytest.raises(InputError, match="damaged or cut off"):
         apply_to_gguf(tuned(text_model()), base, tmp_path / "out.gguf")
+
+
+def test_biases_alone_are_shifted(tmp_path: Path) -> None:
+    """An adapter may hold the biases of norms and not their gains; a folded scale multiplies the shift."""
+    base = text_model("gpt2")
+    names = [name for name, _ in base.named_parameters() if "ln_" in name and name.endswith("bias")]
+    apply(base, ["bias"])
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(name in names)
+        if name in names:
+            parameter.data.add_(0.25)
+    vars(base)["_normtune"].tuned = names
+    factors = {"blk.0.attn_norm.weight": 2.0, "blk.0.attn_norm.bias": 2.0}
+    plain = text_model("gpt2")
+    path = write_base(tmp_path / "base.gguf", plain, "gpt2", factors=factors)
+    done = apply_to_gguf(base, path, tmp_path / "out.gguf")
+    before, after = (
+        {t.name: np.array(t.data) for t in gguf.GGUFReader(p).tensors} for p in (path, tmp_path / "out.gguf")
+    )
+    assert len(done.changed) == 5 and all(name.endswith("norm.bias") for name in done.changed)
+    for name in done.changed:
+        shift = 0.5 if name == "blk.0.attn_norm.bias" else 0.25
+        np.testing.assert_allclose(after[name], before[name] + shift, atol=1e-6)

@@ -27,10 +27,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("FOLDER")
 processor = AutoProcessor.from_pretrained("FOLDER")
-content = [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]
-text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-inputs = processor(images=Image.open("image.jpg").convert("RGB"), text=text, return_tensors="pt")
-print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True)[0])
+image = Image.open("image.jpg").convert("RGB")
+content = [{"type": "image", "image": image}, {"type": "text", "text": "What is in the image?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1]:]
+print(processor.decode(ids, skip_special_tokens=True))
 ```"""
 
 

@@ -12,7 +12,7 @@ here: the rule itself (gguf_rule.py), whether the base is the right one (gguf_ba
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,11 @@ def apply_to_gguf(model: nn.Module, base: str | Path, target: str | Path) -> App
     """Writes the GGUF file `base` with the tuned norms of `model` to the file `target`.
 
     Connector and vision norms of the adapter are left out: they belong into llama.cpp's second file (`write_mmproj`).
+    Where no norm of the LLM was tuned the base is checked and nothing is written.
 
     Raises:
-        InputError: nothing of the LLM's norms was tuned, something else of the LLM was (embedding, head, LoRA,
-            projections), a file that cannot be read, that has an adapter in it already, or of another base.
+        InputError: something of the LLM was tuned that is no norm (embedding, head, LoRA, projections), or a file that
+            cannot be read, that has an adapter in it already, or that is of another base.
         JobError: the disk is full.
     """
     model, base = unwrapped(model), Path(base)
@@ -96,8 +97,7 @@ def apply_to_gguf(model: nn.Module, base: str | Path, target: str | Path) -> App
             f"{base} is of another base than the adapter: first {scaled[0]} differs, and the adapter holds no "
             "values of its base's embedding to tell by;\ngive the GGUF file of the base"
         )
-    if tuned:
-        refuse_merged(base, [n for n in norms if n.gain in tuned], places, adapter)
+    refuse_merged(base, [n for n in norms if n.gain in tuned], places, adapter)
     values: dict[str, np.ndarray] = {}
     for norm in norms:
         values |= new_values(norm, places[norm.module], adapter, tuned, base)
@@ -253,8 +253,10 @@ def understood(norm: Norm, gain: Any, bias: Any | None, base: np.ndarray, path: 
     return Found(gain, bias, norm.offset, scaled=True)
 
 
-def refuse_merged(path: Path, norms: Iterable[Norm], places: dict[str, Found], adapter: Adapter) -> None:
+def refuse_merged(path: Path, norms: Sequence[Norm], places: dict[str, Found], adapter: Adapter) -> None:
     """Raises InputError where every tuned norm of the file holds the tuned gains already, without the mark."""
+    if not norms:
+        return
     for norm in norms:
         place = places[norm.module]
         base, tuned = (side[norm.gain].double().numpy().reshape(-1) for side in (adapter.base, adapter.tensors))
