@@ -265,19 +265,19 @@ def test_sampling_depends_on_the_seed_alone(make: Callable[..., Engine], setting
 
 def test_draws_have_the_probabilities_of_the_logits() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -5.0])
-    sampler = Sampler(Sampling(temperature=0.7, top_p=0.95, seed=1))
-    counts = torch.bincount(torch.tensor([sampler.draw(logits) for _ in range(2000)]), minlength=5) / 2000
+    samplers = [Sampler(Sampling(temperature=0.7, top_p=0.95, seed=seed)) for seed in range(4000)]
+    tokens: Any = choose(logits.expand(4000, 5).clone(), samplers, torch.tensor([], dtype=torch.int64))
+    counts = torch.bincount(torch.tensor(tokens), minlength=5) / 4000
     shares = (logits / 0.7).softmax(-1)
     kept = shares * torch.tensor([1, 1, 1, 0, 0])  # 0.76 + 0.18 < 0.95, so that the third is the last
-    assert torch.allclose(counts, kept / kept.sum(), atol=0.04)
+    assert torch.allclose(counts, kept / kept.sum(), atol=0.03) and counts[3:].sum() == 0
 
 
 def test_what_stands_for_an_image_is_never_chosen() -> None:
-    logits = torch.tensor([[0.0, 9.0, 1.0], [0.0, float("nan"), 0.0]])
-    tokens = choose(logits, [None, Sampler(Sampling(temperature=1.0, seed=0))], torch.tensor([1]))
-    assert tokens[0] == 2 and tokens[1] in (0, 2)
-    (wrong,) = choose(torch.full((1, 3), float("nan")), [Sampler(Sampling(temperature=1.0))], torch.tensor([1]))
-    assert isinstance(wrong, RuntimeError)
+    nan, free = float("nan"), Sampling(temperature=1.0, seed=0)
+    logits = torch.tensor([[0.0, 9.0, 1.0], [0.0, nan, 0.0], [nan, 0.0, 0.0]])
+    tokens = choose(logits, [None, Sampler(free), Sampler(free)], torch.tensor([1]))
+    assert tokens[0] == 2 and tokens[1] in (0, 2) and isinstance(tokens[2], RuntimeError)
 
 
 def metaspace() -> PreTrainedTokenizerFast:

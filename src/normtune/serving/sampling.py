@@ -49,22 +49,19 @@ class Sampling:
 
 
 class Sampler:
-    """The random generator of one row, and its logits processors."""
+    """The random generator of one row."""
 
     def __init__(self, sampling: Sampling) -> None:
+        self.settings = sampling.temperature, sampling.top_p
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(sampling.seed)
-        self.process = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
-        if sampling.top_p < 1:
-            self.process.append(TopPLogitsWarper(sampling.top_p))
 
-    def draw(self, scores: torch.Tensor) -> int:
-        """A token from the logits [V] of a row; RuntimeError for logits that are not finite."""
-        weights = self.process(torch.empty(1, 0, dtype=torch.int64), scores[None].float().cpu()).softmax(dim=-1)
-        return int(torch.multinomial(weights, 1, generator=self.generator))
+    def uniform(self) -> float:
+        """The next number from 0 to 1, 1 excluded."""
+        return float(torch.rand(1, generator=self.generator, dtype=torch.float64))
 
 
 def choose(logits: torch.Tensor, samplers: Sequence[Sampler | None], never: torch.Tensor) -> list[int | Exception]:
@@ -73,10 +70,27 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler | None], never: torc
     Changes `logits`."""
     logits.index_fill_(1, never, -math.inf)
     tokens: list[int | Exception] = logits.argmax(dim=-1).tolist()
+    alike: dict[tuple[float, float], list[tuple[int, Sampler]]] = {}
     for row, sampler in enumerate(samplers):
         if sampler is not None:
-            try:
-                tokens[row] = sampler.draw(logits[row])
-            except RuntimeError as error:  # logits that are not finite, of this row alone
-                tokens[row] = error
+            alike.setdefault(sampler.settings, []).append((row, sampler))
+    for (temperature, top_p), group in alike.items():
+        rows = [row for row, _ in group]
+        found = draw(logits[rows].float(), [sampler.uniform() for _, sampler in group], temperature, top_p)
+        for row, token in zip(rows, found, strict=True):
+            tokens[row] = token if token >= 0 else RuntimeError("the model's logits are not finite")
     return tokens
+
+
+def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float, top_p: float) -> list[int]:
+    """Tokens of rows [B, V], by where a uniform number each falls among the sums of their probabilities; -1 for a row
+    whose logits are not finite."""
+    process = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_p < 1:
+        process.append(TopPLogitsWarper(top_p))
+    ids = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
+    sums = process(ids, logits).softmax(dim=-1).double().cumsum(dim=-1)  # [B, V]
+    total = sums[:, -1]
+    place = torch.tensor(uniform, dtype=torch.float64, device=logits.device) * total
+    tokens = torch.searchsorted(sums, place[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens.where(total.isfinite(), -1).tolist()  # type: ignore[no-any-return]
