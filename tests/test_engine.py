@@ -467,6 +467,23 @@ def test_a_forward_that_raises_ends_one_request(
     assert "error" in finishes
 
 
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_mistake_of_the_engine_ends_what_runs_alone(
+    make: Callable[..., Engine], reference: Reference, monkeypatch: pytest.MonkeyPatch, joins: bool
+) -> None:
+    """Whatever is raised where nothing should be, the thread lives on and nobody waits for ever."""
+    monkeypatch.setattr("normtune.serving.engine.can_join", lambda *args: joins)
+    engine, told = make(), [Told(), Told()]
+    monkeypatch.setattr(type(engine._runner), "_try", lambda self, group: self.jobs.extend(group) or 1 / 0)
+    with engine:
+        for one in told:
+            submit(engine, Ask("One"), one)
+        assert [one.finish for one in told] == ["error"] * 2 and "division" in str(told[0].pieces[-1].error)
+        monkeypatch.undo()
+        assert asked(engine, Ask("Two", 1, "whole")).strip() == reference(Ask("Two", 1, "whole"))
+    assert engine.stats.finished == 3 and engine.stats.running == 0
+
+
 def test_an_owner_that_raises_is_left_alone(make: Callable[..., Engine], reference: Reference) -> None:
     def gone(piece: Piece) -> None:
         raise RuntimeError("Event loop is closed")

@@ -40,9 +40,11 @@ class Waiting:
         for job in jobs:
             groups.setdefault(id(job.prompt.adapter) if self.prompts.stock else 0, []).append(job)
         self.jobs = list(jobs)
-        for group in groups.values():
-            self._try(group)
-        self.jobs = []
+        try:
+            for group in groups.values():
+                self._try(group)
+        finally:
+            self.jobs = []
 
     def step(self) -> None:
         """Nothing is left to do between batches."""
