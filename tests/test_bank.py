@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from command import run
 from normtune.adapter import Adapter, load_adapter
 from normtune.adapter.loading import capture
 from normtune.bank import Bank, Entry, planned
+from normtune.bank.banks import KEPT
 from normtune.errors import InputError
 from normtune.recipe import load_recipe
 from normtune.structure import anatomy
@@ -407,6 +409,35 @@ def test_a_request_keeps_the_adapter_that_it_began_with() -> None:
         assert torch.equal(logits(model, input_ids=words()), before)
     with pytest.raises(InputError, match="4 rows where 2"), bank.rows([entry] * 2):
         logits(model, input_ids=words(4, 7))
+
+
+def test_gathered_gains_of_the_past_are_let_go() -> None:
+    model = text_model("llama")
+    bank = nt.bank(model, {"a": adapter(model, 1)})
+    entries = [bank.entry("a"), bank.entry(None)]
+    for number in range(40):
+        bank.select([entries[number >> bit & 1] for bit in range(6)])
+    assert len(bank._selections) == KEPT
+    gone = weakref.ref(entries.pop(0))
+    bank.remove("a")
+    assert gone() is None
+
+
+@pytest.mark.heavy
+def test_the_benchmark_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import bank as program
+
+    target = tmp_path / "bank.json"
+    options = ["--shapes", "tiny", "--dtypes", "float32", "--rounds", "2", "--steps", "2", "--threads", "1"]
+    monkeypatch.setattr("sys.argv", ["bank", *options, "--json", str(target)])
+    program.main()
+    found = json.loads(target.read_text())
+    assert found["provenance"]["versions"]["torch"] and "bank, 16 adapters" in capsys.readouterr().out
+    (shape,) = found["shapes"].values()
+    assert len(shape["rows"]) == 5 and shape["rows"][0]["decode_ratio"] == [1.0, 1.0, 1.0]
+    assert shape["switching"].keys() == {"bank_composition_ms", "bank_add_ms", "set_adapter_ms"}
 
 
 def test_gains_in_bfloat16_take_half_and_are_rounded() -> None:
