@@ -90,14 +90,15 @@ def served(engine: Any, settings: ServerSettings | None = None, **options: Any) 
     mount(app, engine, settings=settings, **options)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=60))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started:
             time.sleep(0.01)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/ui/"
         server.should_exit = app.state.answers.closing = True
-        thread.join(10)
+        thread.join(20)
+        assert not thread.is_alive(), "the server waits for open pages"
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +411,12 @@ def test_uploads_are_deleted_when_the_server_ends(engine: FakeEngine, picture: P
         (kept,) = map(Path, answer.json())
         assert kept.is_file()
     assert not kept.exists()
+
+
+def test_the_server_ends_while_a_page_is_open(engine: FakeEngine) -> None:
+    with httpx.Client() as client, served(engine) as url:
+        request = client.build_request("GET", f"{url}gradio_api/heartbeat/open")
+        assert client.send(request, stream=True).status_code == 200
 
 
 def test_a_real_model_answers_as_it_does_offline(

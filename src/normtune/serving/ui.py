@@ -109,9 +109,9 @@ class Page:
             message = gr.HTML("", elem_id="message")
             box = self.question_box()
             with gr.Row(elem_id="buttons"):
-                new = gr.Button("New conversation", elem_id="new", min_width=140, scale=2)
-                stop = gr.Button("Stop", elem_id="stop", interactive=False, min_width=70)
-                send = gr.Button("Ask", variant="primary", elem_id="ask", min_width=70, scale=2)
+                new = gr.Button("New conversation", elem_id="new", min_width=150, scale=2)
+                stop = gr.Button("Stop", elem_id="stop", interactive=False, min_width=60)
+                send = gr.Button("Ask", variant="primary", elem_id="ask", min_width=60, scale=2)
             knobs = self.knobs()
             offered = [{"text": text, "files": [str(file.resolve())]} for file, text in examples]
             if offered:
