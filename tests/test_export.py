@@ -357,7 +357,11 @@ def test_merge_of_several_and_between_two(
         (["a", "b", "--weights", "1,1"], "sum to 2"), (["a", "--interpolate"], "between two adapters"),
         (["a", "a"], "named twice"), (["a", "b", "--dtype", "float32"], "--dtype"),
         (["a", "none"], "no adapter in none"),
-        (["a", "--benchmarks", "pope"], "normtune evaluate"), (["a", "b", "--interpolate", "--shares", "2"], "share 2"),
+        (["a", "--benchmarks", "pope"], "normtune evaluate"),
+        (["a", "b", "--benchmarks", "pope"], "give --data"),
+        (["a", "b", "--benchmarks", "popee", "--data", "x"], "popee"),
+        (["a", "b", "--benchmarks", "pope", "--data", "nowhere"], "nowhere"),
+        (["a", "b", "--interpolate", "--shares", "2"], "share 2"),
     ]  # fmt: skip
     for arguments, words in wrong:
         assert run("merge", *arguments, "--out", "new") == 2

@@ -60,11 +60,12 @@ def merge(
     if len(sources) != len(runs):
         raise InputError("the same adapter is named twice; give each once, with the sum of its weights")
     made = between(sources, shares, keep_rest) if interpolate else summed(sources, weights, keep_rest)
+    asked = questions(runs[0], benchmarks, data, limit) if benchmarks is not None else None
     folders = write_all(made, out, single=not interpolate)
     found = {}
-    if benchmarks is not None:
+    if asked is not None:
         adapters = {**{run: adapter_folder(run) for run in runs}, **folders}
-        found = score(runs[0], adapters, benchmarks, data, limit, force)
+        found = score(runs[0], adapters, *asked, limit, force)
     note = rest_note(list(sources.values()), next(iter(made.values())))
     if json:
         print_json({"out": str(out), "made": {n: str(f) for n, f in folders.items()}, "rest": note, "scores": found})
@@ -135,21 +136,33 @@ def rest_note(sources: Sequence[Adapter], made: Adapter) -> str:
     return f"{len(rest)} tensors without a known base (first {rest[0]}): {', '.join(parts)}"
 
 
+def questions(run: str, benchmarks: str, data: str | None, limit: int | None) -> tuple[list[str], str]:
+    """Names of benchmarks and their folder. Raises InputError for unknown names and missing files."""
+    from normtune.evaluation import Settings, ask, splits_of
+    from normtune.recipe import load_recipe
+    from normtune.world import resolve_path
+
+    if data is None and (Path(run) / "recipe.yaml").is_file():
+        evaluation = load_recipe(Path(run) / "recipe.yaml").evaluate
+        data = evaluation.data if evaluation else None
+    if data is None:
+        raise InputError(f"{run} names no benchmark files in a recipe; give --data")
+    names = list(dict.fromkeys(name.strip() for name in benchmarks.split(",")))
+    folder = resolve_path(data)
+    ask(Settings(tuple(names), limit or None, splits_of(None, names)), folder)
+    return names, folder
+
+
 def score(
-    run: str, adapters: Mapping[str, Path], benchmarks: str, data: str | None, limit: int | None, force: bool
+    run: str, adapters: Mapping[str, Path], names: list[str], folder: str, limit: int | None, force: bool
 ) -> dict[str, Any]:
     """Scores of each adapter on one base: name -> benchmark -> score, 95 % interval, items."""
     from normtune.adapter import load_adapter, remove_adapter
     from normtune.evaluation import evaluate_model
     from normtune.progress import Bars
     from normtune.tuned import open_tuned, place
-    from normtune.world import resolve_path
 
     tuned = open_tuned(run, force=force)
-    asked = tuned.recipe.evaluate if tuned.recipe else None
-    folder = data or (asked.data if asked else None)
-    if folder is None:
-        raise InputError(f"{run} names no benchmark files in a recipe; give --data")
     place(tuned.model)
     remove_adapter(tuned.model)
     found: dict[str, Any] = {}
@@ -159,8 +172,8 @@ def score(
             results = evaluate_model(
                 tuned.model,
                 tuned.processor,
-                [name.strip() for name in benchmarks.split(",")],
-                resolve_path(folder),
+                names,
+                folder,
                 limit=limit or None,
                 progress=bars.update,
             )
