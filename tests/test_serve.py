@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ from normtune.evaluation import answer
 from normtune.serving import Engine, remote
 from normtune.serving.limits import ApiError, Held, Load, ServerSettings, read_body
 from normtune.serving.protocol import IGNORED, MAX_STOPS, NEUTRAL, read_request
+from normtune.serving.server import TOGETHER
 from normtune.serving.uploads import Encoded
 from served import KEY, Scripted, Served, ask, eventually, serving
 from test_engine import save_adapters, silence
@@ -642,10 +644,15 @@ def test_a_signal_lets_a_stream_finish(mllm_folder: Path, adapters: dict[str, Pa
 def test_a_second_signal_ends_at_once(mllm_folder: Path, number: signal.Signals) -> None:
     server = Process(str(mllm_folder), "--max-tokens", "400")
     wire = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
-    wire.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n")  # it waits for the rest
+    head = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: 100"
+    wire.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n{{".encode())  # the server waits for the rest
+    time.sleep(TOGETHER)
     server.process.send_signal(number)
     assert server.process.stderr is not None
     assert "once more to stop at once" in server.process.stderr.readline()
+    server.process.send_signal(number)  # at the same time: no second one
+    time.sleep(2 * TOGETHER)
+    assert server.process.poll() is None
     server.process.send_signal(number)
     code, said = server.end()
     assert code == 128 + number and "Traceback" not in said

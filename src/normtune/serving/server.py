@@ -7,9 +7,11 @@ process by the signal even after a clean shutdown.
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -21,9 +23,8 @@ from normtune.progress import say
 from normtune.serving.engine import Engine
 from normtune.serving.limits import DRAIN_SECONDS, ServerSettings
 
-SWITCH = (
-    5e-4  # seconds until a thread that reads requests lets the model's thread go on, which waits at every operation
-)
+SWITCH = 5e-4  # seconds that a thread which reads requests may keep the model's thread waiting at each operation
+TOGETHER = 0.5  # seconds within which two signals are one
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -59,7 +60,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(app, http="h11", ws="none", timeout_graceful_shutdown=patience, **options)  # type: ignore[arg-type]
         )
-        self.app, self.ready = app, ready
+        self.app, self.ready, self.told = app, ready, 0.0
         self.forced: signal.Signals | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -72,9 +73,14 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal: answers what was accepted. The second: ends now."""
+        """The first signal: answers what was accepted. The second: ends now. One that comes together with the first is
+        the same: `timeout` and others send theirs to a process and to its group."""
+        if self.should_exit and time.monotonic() - self.told < TOGETHER:
+            return
+        self.told = time.monotonic()
         if self.should_exit:
             self.force_exit, self.forced = True, signal.Signals(sig)
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a traceback of each request that is cut off
             return
         self.should_exit = self.app.state.answers.closing = True
         say("finishing the requests that were accepted; once more to stop at once")
