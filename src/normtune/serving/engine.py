@@ -31,6 +31,7 @@ from normtune.serving.slots import can_join
 from normtune.serving.waiting import Waiting
 
 IMAGE_CACHE = 256 * 2**20
+TOGETHER, PATIENCE = 4, 4  # under load prompts join a quarter of the slots at a time, or after so many steps
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Engine:
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
         self._taken: list[Job] = []
+        self._held = 0  # steps since somebody could have joined and was not let
         self._closing = False
         self._admitted = self._finished = self._tokens = self._steps = 0
 
@@ -221,7 +223,9 @@ class Engine:
             if gone:
                 self._queue = deque(job for job in self._queue if not job.cancelled)
             free = min(len(self._queue), self.slots - running)
-            self._taken = gone + [self._queue.popleft() for _ in range(free)]
+            patient = running and free < min(len(self._queue), self.slots // TOGETHER) and self._held < PATIENCE
+            self._held = self._held + 1 if patient else 0
+            self._taken = gone + [self._queue.popleft() for _ in range(0 if patient else free)]
             return self._taken
 
     def _turn(self, jobs: list[Job]) -> None:
