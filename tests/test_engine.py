@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -536,6 +537,23 @@ def test_nothing_is_left_of_what_is_finished(make: Callable[..., Engine]) -> Non
     assert held[-1] <= held[1], held
     assert engine.prompts.vision is not None and engine.prompts.vision._bytes <= 3 * 16 * 32 * 4
     assert engine.stats.images_encoded > len(PICTURES)  # a small cache forgets
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_an_engine_without_work_holds_no_request(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, joins: bool
+) -> None:
+    monkeypatch.setattr("normtune.serving.engine.can_join", lambda *args: joins)
+    with make() as engine:
+        told, prompt = Told(), engine.prepare([Turn("user", "<image>What?")], PICTURES[:1], "whole")
+        watch = weakref.ref(prompt)
+        engine.submit(prompt, Sampling(3), told)
+        del prompt
+        told.text()
+        limit = time.monotonic() + 20
+        while watch() is not None:  # the thread is on its way to wait
+            assert time.monotonic() < limit
+            gc.collect()
 
 
 def sliding(folder: Path) -> None:

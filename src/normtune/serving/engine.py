@@ -199,17 +199,26 @@ class Engine:
 
     def _work(self) -> None:
         with torch.inference_mode():
-            while (jobs := self._next()) is not None:
-                before = [*self._runner.jobs, *jobs]
-                tokens = sum(job.tokens for job in before)
-                try:
-                    self._turn(jobs)
-                except Exception as error:  # a mistake of ours: it ends what runs, and not the engine
-                    self._runner.fail(error)
-                    for job in jobs:
-                        job.fail(error)
-                self._tokens += sum(job.tokens for job in before) - tokens
-                self._finished += sum(job.done for job in before)
+            while self._go_on():
+                pass
+
+    def _go_on(self) -> bool:
+        """Waits for something to do and does it; False: all is done. Nothing of a job is kept while it waits."""
+        jobs = self._next()
+        if jobs is None:
+            return False
+        before = [*self._runner.jobs, *jobs]
+        tokens = sum(job.tokens for job in before)
+        try:
+            self._turn(jobs)
+        except Exception as error:  # a mistake of ours: it ends what runs, and not the engine
+            self._runner.fail(error)
+            for job in jobs:
+                job.fail(error)
+        self._tokens += sum(job.tokens for job in before) - tokens
+        self._finished += sum(job.done for job in before)
+        self._taken = []
+        return True
 
     def _next(self) -> list[Job] | None:
         """What is to be admitted now, once there is anything to do; None: the engine is closed and all is done."""
