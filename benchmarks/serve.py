@@ -1,12 +1,13 @@
 """`python -m benchmarks.serve`: the server under load, every answer compared with the offline one.
 
 Four adapters of the embedded world (gains alone; gains with connector, embedding and head; a connector; gains and
-connector; trained briefly) and the base behind one `normtune serve`, a process of its own. Clients that each
-keep one connection ask questions of the benchmarks, with the image or without, half of them streamed, of a model drawn
-at random; the next as soon as an answer is there. Every answer must be the greedy one that `normtune evaluate` gives
-offline in fp32 on that adapter alone; a tie (a second-best token within 1e-4 somewhere) is counted apart. Then the same
-server with --no-batching gets a part of the same requests. Resident memory of the server is read five times a second.
-Figures go to benchmarks/results/serve.json (or --json FILE); `--runs` keeps the adapters for another time.
+connector; trained briefly) and the base behind one `normtune serve`, a process of its own. Clients that each keep one
+connection ask a model drawn at random, about half of them for a stream: a third questions of the benchmarks without the
+image, a third with it (a few words each), a third for a description in detail (40 tokens and more); the next as soon as
+an answer is there. Every answer must be the greedy one that `normtune evaluate` gives offline in fp32 on that adapter
+alone; a tie (a second-best token within 1e-4 somewhere) is counted apart. Then the same server with --no-batching gets
+a part of the same requests. Resident memory of the server is read five times a second. Figures go to
+benchmarks/results/serve.json (or --json FILE); `--runs` keeps the adapters for another time.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {  # what differs from the recipe's last s
 }
 BENCHMARKS = ("pope", "vqav2", "coco", "text")
 BASE = "base"
-LENGTH = 24  # tokens of an answer at most
+LENGTH = 48  # tokens of an answer at most
 WARM = 0.1  # of the requests are not yet counted as a steady state of memory
 PACKAGES = ("fastapi", "starlette", "uvicorn", "httpx", "pydantic", "prometheus-client")
 
@@ -129,6 +130,7 @@ def with_answers(runs: dict[str, Path], count: int) -> list[Asked]:
     from normtune.tasks import TASKS
     from normtune.tuned import open_tuned
     from normtune.world import resolve_path
+    from normtune.world.text import DETAIL_PROMPTS
 
     torch.set_num_threads(1)
     data, items = Path(resolve_path("world:eval")), []
@@ -139,7 +141,12 @@ def with_answers(runs: dict[str, Path], count: int) -> list[Asked]:
     for model in (BASE, *runs):
         tuned = open_base(next(iter(runs.values())))[0] if model == BASE else open_tuned(runs[model])
         # before any training the connector's output is noise to the base, so it is asked about text alone
-        ways = [(item.question, None if model == BASE or n % 3 == 0 else item.image) for n, item in enumerate(items)]
+        blind = [model == BASE or n % 3 == 0 or item.image is None for n, item in enumerate(items)]
+        long = [DETAIL_PROMPTS[n % len(DETAIL_PROMPTS)] if n % 3 == 2 else None for n in range(len(items))]
+        ways = [
+            (item.question, None) if none else (detail or item.question, item.image)
+            for item, none, detail in zip(items, blind, long, strict=True)
+        ]
         ways = list(dict.fromkeys(ways))
         requests = [
             Request(
