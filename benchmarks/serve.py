@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,6 +176,7 @@ def measure(runs: dict[str, Path], jobs: Sequence[Asked], options: Any, words: l
     return {
         "requests": len(jobs),
         "lost": len(jobs) - len(answered),
+        "reasons": dict(Counter(f"{o.status} {o.text[:200]}" for o in outcomes if o.status != 200)),
         "wrong": len(different) - len(ties) - (len(jobs) - len(answered)),
         "ties_that_differ": len(ties),
         "with_image": sum(job.image is not None for job in jobs),

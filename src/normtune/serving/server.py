@@ -24,6 +24,7 @@ from normtune.serving.engine import Engine
 from normtune.serving.limits import DRAIN_SECONDS, ServerSettings
 
 SWITCH = 5e-4  # seconds that a thread which reads requests may keep the model's thread waiting at each operation
+KEPT = 75  # seconds of an idle connection: longer than clients keep theirs (OpenAI's 5), or a request meets its end
 TOGETHER = 0.5  # seconds within which two signals are one
 
 
@@ -58,7 +59,9 @@ class Server(uvicorn.Server):
         # nothing that was accepted takes longer than its time limit; the page's open event streams would never end
         patience = int(settings.timeout + 2 * DRAIN_SECONDS) + 1
         super().__init__(
-            uvicorn.Config(app, http="h11", ws="none", timeout_graceful_shutdown=patience, **options)  # type: ignore[arg-type]
+            uvicorn.Config(
+                app, http="h11", ws="none", timeout_keep_alive=KEPT, timeout_graceful_shutdown=patience, **options
+            )  # type: ignore[arg-type]
         )
         self.app, self.ready, self.told = app, ready, 0.0
         self.forced: signal.Signals | None = None
