@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -55,14 +56,11 @@ class Server(uvicorn.Server):
     `forced` is the signal that came second, or None."""
 
     def __init__(self, app: FastAPI, settings: ServerSettings, ready: Callable[[], None] = lambda: None) -> None:
-        options = {"log_config": None, "access_log": False, "server_header": False, "proxy_headers": False}
+        options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
+        options |= {"http": "h11", "ws": "none", "proxy_headers": False, "timeout_keep_alive": KEPT}
         # nothing that was accepted takes longer than its time limit; the page's open event streams would never end
         patience = int(settings.timeout + 2 * DRAIN_SECONDS) + 1
-        super().__init__(
-            uvicorn.Config(
-                app, http="h11", ws="none", timeout_keep_alive=KEPT, timeout_graceful_shutdown=patience, **options
-            )  # type: ignore[arg-type]
-        )
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=patience, **options))
         self.app, self.ready, self.told = app, ready, 0.0
         self.forced: signal.Signals | None = None
 
