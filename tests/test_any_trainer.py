@@ -36,7 +36,7 @@ def run(code: str, folder: Path) -> str:
     return result.stdout
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_script_for_trainer_keeps_its_promises(tmp_path: Path) -> None:
     output = run(TRAINER, tmp_path)
     first, last = map(float, re.findall(r"loss ([\d.]+) -> ([\d.]+)", output)[0])
@@ -55,7 +55,7 @@ def test_the_script_for_trl_runs(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "adapter" / "adapter.safetensors").is_file()
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @needs("bitsandbytes")
 def test_the_plain_loop_for_a_quantized_base_runs(tmp_path: Path) -> None:
     folder = tiny_llm(tmp_path / "llm")

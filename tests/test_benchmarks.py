@@ -21,7 +21,7 @@ def run(module: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> N
         torch.set_num_threads(threads)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_step_writes_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

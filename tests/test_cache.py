@@ -695,7 +695,7 @@ print("missing", len(prepared.missing), flush=True)
 """
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_killed_while_it_is_written_it_goes_on(
     llm_folder: Path, vision_folder: Path, tmp_path: Path, cache: Path
 ) -> None:

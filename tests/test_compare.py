@@ -162,6 +162,7 @@ def test_images_are_encoded_once(
     assert seen == once
 
 
+@pytest.mark.slow
 def test_rates_are_searched_on_the_development_split(
     basic: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:

@@ -67,7 +67,7 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
     ("name", "activations"),
     [
         ("llama, grouped", "exact"),
-        ("gpt2", "exact"),
+        pytest.param("gpt2", "exact", marks=pytest.mark.slow),
         pytest.param("gemma3", "8bit", marks=pytest.mark.slow),
         pytest.param("phi3", "8bit", marks=pytest.mark.slow),
     ],
@@ -88,7 +88,7 @@ def test_all_blocks_and_lengths_share_their_graphs(name: str, activations: Any) 
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_packed_rows_and_checkpointing(checkpointed: bool) -> None:
     model = text_model("llama").train()
     apply(model, "layernorm-simple")

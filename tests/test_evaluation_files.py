@@ -543,6 +543,7 @@ def test_margins_are_the_smallest_lead_up_to_the_end(pair: Any) -> None:
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_requests_and_images_live_for_a_window(pair: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is alive at once is bounded by batches, whatever the number of questions."""
     images: list[Any] = []

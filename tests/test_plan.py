@@ -287,7 +287,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(memory: float) -> None:
     assert (best == 0) == (memory < 1e6)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_largest_batch_accumulates_as_planned() -> None:
     """Gradients of the micro-batch before are there; without them one sample more would fit."""
     memory, shape = 40e6, Shape(1, 256, SUPERVISED, micro_batches=2)

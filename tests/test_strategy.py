@@ -59,7 +59,7 @@ PAPER = {  # share of trainable parameters in percent: the paper's table 1, and 
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("size", PAPER)
+@pytest.mark.parametrize("size", ["7B", pytest.param("13B", marks=pytest.mark.slow)])
 def test_shares_of_the_paper_from_configs_alone(size: str, tmp_path: Path) -> None:
     hidden, inner, layers = (4096, 11008, 32) if size == "7B" else (5120, 13824, 40)
     LlamaConfig(
@@ -216,7 +216,7 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
 @pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float32, id="fp32", marks=pytest.mark.heavy), pytest.param(torch.bfloat16, id="bf16")]
 )
-@pytest.mark.parametrize("strategy", ["layernorm-simple", "layernorm", pytest.param("full", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("strategy", ["layernorm-simple", "layernorm", pytest.param("full", marks=pytest.mark.slow)])
 def test_apply_allocates_the_trainable_tensors_and_nothing_else(strategy: str, dtype: torch.dtype) -> None:
     """bf16: an fp32 tensor for each trainable one; gains leave their old tensor as the base's value, others free it.
     fp32: nothing but that copy of the trainable gains. In both: a sample of at most 4096 values of other tensors."""

@@ -74,7 +74,7 @@ def test_throughput_counts_the_wait_for_data() -> None:
         {"cache_features": True},
         {"activations": "8bit"},
         {"packing": True, "cache_features": True, "checkpoint_activations": True},
-        pytest.param({"packing": True, "compile": True}, marks=pytest.mark.heavy),
+        pytest.param({"packing": True, "compile": True}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "+".join(options),
 )

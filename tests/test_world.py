@@ -272,7 +272,7 @@ def test_questions_have_no_unknown_words(full: Path) -> None:
     assert tokenizer.decode(tokenizer(answer, add_special_tokens=False)["input_ids"]) == answer
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_encoders_build_resumes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         vision.build(tmp_path / name, 0.01, seed=3, measured=10)
