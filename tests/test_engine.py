@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 import threading
 import time
 import weakref
@@ -310,6 +311,18 @@ def test_text_as_it_comes_is_the_text_of_all_tokens(build: Callable[[], Any]) ->
             assert sum(bool(piece) for piece in pieces) > 5
 
 
+def test_wrong_bytes_lose_nothing_beside_them() -> None:
+    """The tokenizer writes them and the good ones before them anew, when those were shown already."""
+    tokenizer, chance = metaspace(), random.Random(0)
+    good = tokenizer.convert_tokens_to_ids(["<0xC3>", "<0xA9>", "<0x41>", "▁a", "b", "▁cat"])
+    for _ in range(300):
+        ids = [chance.choice([*good, 2 + 0xFF, 2 + 0xC3]) for _ in range(12)]
+        text = Text(tokenizer)
+        told = "".join(text.add(token) for token in ids) + text.end()
+        plain, whole = (re.sub("[éA\N{REPLACEMENT CHARACTER}]", "", one) for one in (told, tokenizer.decode(ids)))
+        assert plain == whole
+
+
 STOPS = [
     (" big",),
     ("s left", "zz"),
@@ -363,9 +376,10 @@ def test_cancelling(make: Callable[..., Engine], reference: Reference) -> None:
             assert piece.finish is None
             break
         stream.close()
+        engine.stream([Turn("user", "Five")], [], None, Sampling(300)).close()  # before its first piece
         while engine.stats.running or engine.stats.waiting:
             time.sleep(0.001)
-    assert engine.stats.finished == 4 and engine.stats.tokens < 50
+    assert engine.stats.finished == 5 and engine.stats.tokens < 50
 
 
 def test_what_is_cancelled_does_not_wait_for_a_slot(make: Callable[..., Engine]) -> None:
@@ -393,6 +407,8 @@ def test_a_full_queue_and_wrong_requests(make: Callable[..., Engine], pair: Any)
         engine.prepare([Turn("user", "Hi")], PICTURES[:1], None)
     with pytest.raises(InputError, match="context"):
         engine.prepare([Turn("user", "Hi " * 60)], [], None)
+    with pytest.raises(InputError, match="surrogate"):
+        engine.prepare([Turn("user", "\udcff")], [], None)
     prompt = engine.prepare([Turn("user", "Hi")], [], None)
     with pytest.raises(InputError, match="context"):
         engine.submit(prompt, Sampling(40), Told())
@@ -663,6 +679,18 @@ def test_numbers_that_are_not_finite_stay_in_their_row(
         monkeypatch.setattr(slots, "join", real)
         assert asked(engine, Ask("Three", 2, "whole")).strip() == reference(Ask("Three", 2, "whole"))
         keep.text()
+
+
+def test_numbers_that_are_not_finite_leave_with_their_row(pair: Any) -> None:
+    """A shorter row moves into the slot of one whose keys were NaN."""
+    slots, base = Slots(pair.bank, 0), pair.bank.entry(None)
+    with torch.inference_mode():
+        for length in (30, 40, 6):
+            rows = [Row(base, [5 + n % 90 for n in range(length)], [])]
+            slots.join(rows, slots.prefill(rows)[1])
+        for layer in slots._cache.layers:
+            layer.values[0] = float("nan")  # type: ignore[index]
+        assert slots.leave([0]) == [2, 1] and slots.step([1, 1]).isfinite().all()
 
 
 def test_slots_make_room_and_give_it_back(pair: Any) -> None:

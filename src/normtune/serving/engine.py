@@ -187,8 +187,9 @@ class Engine:
     ) -> Generator[Piece]:
         """The pieces of an answer as they come; closing the generator cancels it. Raises as `prepare` and `submit`."""
         prompt, pieces = self.prepare(turns, images, adapter), SimpleQueue[Piece]()
-        job = self.submit(prompt, sampling, pieces.put)
-        return _pieces(job, pieces)
+        made = _pieces(self.submit(prompt, sampling, pieces.put), pieces)
+        next(made)  # into its `try`: closed before anybody read from it, it cancels as well
+        return made
 
     @property
     def stats(self) -> Stats:
@@ -262,6 +263,7 @@ def positions(model: Any) -> int | None:
 
 def _pieces(job: Job, pieces: SimpleQueue[Piece]) -> Generator[Piece]:
     try:
+        yield Piece("", 0)
         while True:
             piece = pieces.get()
             yield piece

@@ -6,6 +6,7 @@ the model.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,8 +51,11 @@ class Prompts:
         self.lock = threading.Lock()  # tokenizers are not made for several threads at a time
 
     def prepare(self, turns: Sequence[Turn], images: Sequence[Image.Image], adapter: str | None) -> Prompt:
-        """InputError: an unknown adapter, "<image>" and images that do not match, more tokens than the context has."""
+        """InputError: an unknown adapter, "<image>" and images that do not match, more tokens than the context has,
+        a text that is none."""
         entry = self.bank.entry(adapter).for_request(bool(images))
+        if any(re.search("[\ud800-\udfff]", turn.text) for turn in turns):  # half a pair, or a byte that is no UTF-8
+            raise InputError("the text has half of a surrogate pair, which no tokenizer takes; write it as UTF-8")
         request = Request(tuple(turns), tuple(to_rgb(image) for image in images), "the request")
         if self.vision is None:
             assert self.stock is not None

@@ -149,9 +149,8 @@ class Slots:
             last = len(order) - 1
             if row < last:
                 for layer in self._cache.layers:
-                    length = self.lengths[last]
                     for kept in (layer.keys, layer.values):
-                        kept[row, :, :length] = kept[last, :, :length]  # type: ignore[index]
+                        kept[row] = kept[last]  # type: ignore[index]  # with the zeros after it, as in `join`
                 order[row] = order[last]
                 self.lengths[row], self.entries[row] = self.lengths[last], self.entries[last]
             order.pop()

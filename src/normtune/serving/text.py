@@ -29,7 +29,10 @@ class Text:
     def add(self, token: int) -> str:
         """What can be shown now; `stopped` is set once a stop string is complete."""
         self.ids.append(token)
-        new = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        try:
+            new = self._stream.step(self._tokenizer.backend_tokenizer, token)
+        except Exception:  # a byte that fits nowhere changes the text of those before it, shown by then
+            new = self._anew(token)
         if not new:
             return ""
         self._read += len(new)
@@ -43,6 +46,14 @@ class Text:
         shown = self._show(whole[self._read :])
         held, self._held = self._held, ""
         return shown + held
+
+    def _anew(self, token: int) -> str:
+        """What all tokens have more than was shown; the stream goes on from the newest of them."""
+        whole = self._tokenizer.decode(self.ids, skip_special_tokens=True)
+        if whole.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._stream = DecodeStream(ids=[token], skip_special_tokens=True)
+        return str(whole[self._read :])
 
     def _show(self, new: str) -> str:
         text = self._held + new
