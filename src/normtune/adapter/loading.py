@@ -34,6 +34,7 @@ from normtune.strategy import (
     mark_tuned,
     match_precision,
     parameters,
+    refuse_banked,
     refuse_cast,
     settle,
     to_float32,
@@ -113,9 +114,11 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
 
     Raises:
         InputError: no adapter, a model whose own gains are not those that the adapter was trained on (unless
-            `force`), tensors that do not fit, or an active adapter that was trained on. The model is as it was then.
+            `force`), tensors that do not fit, an active adapter that was trained on, or a model in a bank. The model
+            is as it was then.
     """
     folder, model = Path(folder), unwrapped(model)
+    refuse_banked(model)
     if is_offloaded(model):
         raise InputError("the model is offloaded to the CPU or the disk by accelerate; load it without offloading")
     adapter = read_peft(folder, model) if is_peft(folder) else Adapter.read(folder)
@@ -134,13 +137,14 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     """Makes a loaded adapter the active one; None: the model as it was before the first was loaded, bit by bit.
 
     Raises:
-        InputError: an unknown name, or an active adapter that was trained on.
+        InputError: an unknown name, an active adapter that was trained on, or a model in a bank.
     """
     model = unwrapped(model)
     loaded = vars(model).get(KEY) or Loaded()
     if name is not None:
         check_name(loaded, name)
     if name != loaded.active:
+        refuse_banked(model)
         refuse_trained(model, loaded)
         activate(model, loaded, name)
 

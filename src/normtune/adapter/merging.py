@@ -23,6 +23,7 @@ from normtune.strategy import (
     Tuning,
     base_gains,
     parameters,
+    refuse_banked,
     refuse_cast,
     remove_lora,
     sample,
@@ -149,10 +150,11 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, force: bool = F
         least: smallest share of the tuning that must survive rounding.
 
     Raises:
-        InputError: a quantized base.
+        InputError: a quantized base, or a model in a bank.
         JobError: less than `least` survives, and `force` is not set; the model is unchanged.
     """
     model = unwrapped(model)
+    refuse_banked(model)
     quantized = [name for name, parameter in model.named_parameters() if is_quantized(parameter)]
     if quantized:
         raise InputError(

@@ -6,6 +6,7 @@ model's modules get a forward that does nothing unless a thread is inside `rows`
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,7 +68,7 @@ class Bank:
         self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self._closed = False
-        self._current = Current()
+        self._current = Current(held=True)
         self._selections: OrderedDict[tuple[int, ...], Selection] = OrderedDict()
         kinds = {**dict.fromkeys(self._layout.norms, "norm"), **self._layout.others}
         for name, kind in kinds.items():
@@ -175,7 +176,8 @@ class Bank:
         with self._lock:
             self._check_open()
             if key not in self._selections:
-                self._selections[key] = Selection(self._layout, self._ways, entries)
+                with torch.inference_mode(False):  # the next to use it may not be in it
+                    self._selections[key] = Selection(self._layout, self._ways, entries)
                 if len(self._selections) > KEPT:
                     self._selections.popitem(last=False)
             self._selections.move_to_end(key)
@@ -187,6 +189,9 @@ class Bank:
 
         Args:
             images: row of the k-th image that the connector sees; needed where connectors differ.
+
+        Raises:
+            InputError: the bank is closed, or was closed within: what was computed then is the base's in part.
         """
         self._check_open()
         current = self._current
@@ -197,6 +202,7 @@ class Bank:
             yield
         finally:
             current.selection, current.images = before
+        self._check_open()
 
     def connect(self, entry: Entry, features: torch.Tensor) -> torch.Tensor:
         """[N, P, D] of the vision encoder -> [N, T, H] by this entry's connector, each image on its own.
@@ -223,7 +229,9 @@ class Bank:
         ids = inputs.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != len(adapters):
             raise InputError(f"give input_ids [B, S] and one adapter per row; there are {len(adapters)} adapters")
-        if any((inputs.get(key) or 1) != 1 for key in ("num_beams", "num_return_sequences")):
+        settings = inputs.get("generation_config") or getattr(self._inner, "generation_config", None)
+        keys = ("num_beams", "num_return_sequences")
+        if any((inputs.get(key) or getattr(settings, key, None) or 1) != 1 for key in keys):
             raise InputError("a bank generates one sequence per row; leave out num_beams and num_return_sequences")
         silent = self.never_sampled
         counts = [int(n) for n in torch.isin(ids, ids.new_tensor(silent)).sum(1)] if silent else [0] * len(ids)
@@ -231,17 +239,18 @@ class Bank:
         shown = [count > 0 or (not silent and pixels is not None) for count in counts]
         entries = [self.entry(name).for_request(has_image) for name, has_image in zip(adapters, shown, strict=True)]
         images = rows_of_images(counts, len(pixels)) if isinstance(pixels, torch.Tensor) else []
-        suppressed = {*silent, *(inputs.pop("suppress_tokens", None) or self._own_suppressed())}
-        if suppressed:
+        own = inputs.pop("suppress_tokens", None) or getattr(settings, "suppress_tokens", None) or []
+        suppressed = {*silent, *own}
+        if (given := inputs.get("generation_config")) is not None:
+            inputs["generation_config"] = given = copy.deepcopy(given)
+            given.suppress_tokens = sorted(suppressed) or None
+        elif suppressed:
             inputs["suppress_tokens"] = sorted(suppressed)
         selection = self.select(entries)
         with self.rows(selection, images):
             found: torch.Tensor = self.model.generate(**inputs)  # type: ignore[operator]
         selection.check()
         return found
-
-    def _own_suppressed(self) -> list[int]:
-        return getattr(getattr(self._inner, "generation_config", None), "suppress_tokens", None) or []
 
     def _check_open(self) -> None:
         if self._closed:
@@ -287,11 +296,7 @@ def refuse_model(model: nn.Module) -> None:
 
 
 def rows_of_images(counts: Sequence[int], images: int) -> list[int]:
-    """Rows of the images, in their order, from how many image tokens each row has; empty where these do not tell.
-
-    Raises:
-        InputError: the tokens cannot be shared out evenly, or images are there without tokens.
-    """
+    """Rows of the images, in their order, from how many image tokens each row has; empty where these do not tell."""
     total = sum(counts)
     if not images or not total or total % images or any(count % (total // images) for count in counts):
         return []

@@ -161,6 +161,14 @@ def twin_of(module: nn.Module, layout: Layout, values: Mapping[str, torch.Tensor
         if name in layout.dtypes and (name in values or parameter.dtype == torch.float32):
             promote(made, layout.dtypes[name])
             break
+    return shell(made)
+
+
+def shell(twin: nn.Module) -> nn.Module:
+    """The twin behind another one that holds its forward, which holds the twin: in a circle their tensors would stay
+    until Python looks for circles, which a server of a large model seldom does."""
+    made = copy.copy(twin)
+    vars(twin).pop("forward", None)
     return made
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normtune.bank.entries import Entry, Layout, bare_twin
+from normtune.bank.entries import Entry, Layout, bare_twin, shell
 from normtune.bank.ways import Way
 from normtune.errors import InputError
 from normtune.kernels import promote
@@ -32,12 +32,19 @@ class Current(threading.local):
     selection: Selection | None = None
     images: tuple[int, ...] = ()
 
+    def __init__(self, held: bool = False) -> None:
+        self.held = held  # by a bank that is open
+
     def __reduce__(self) -> tuple[type[Current], tuple[()]]:  # copies of the model start without
         return Current, ()
 
 
 class Banked(Replaced):
     """The forward of a module in a bank: `banked(module, before, current, name, kind, ...)`."""
+
+    @property
+    def held(self) -> bool:
+        return bool(self.args[2].held)
 
 
 def banked(
@@ -51,7 +58,8 @@ def banked(
     key = (name, given.dim())
     forward = selection.forwards.get(key)
     if forward is None:
-        forward = selection.forwards[key] = selection.forward(name, module, before, kind, given.dim())
+        with torch.inference_mode(False):  # what is kept for later may meet autograd there
+            forward = selection.forwards[key] = selection.forward(name, module, before, kind, given.dim())
     if kind == "connector":
         return forward(current.images, *args, **kwargs)
     if given.shape[0] != selection.size:
@@ -98,8 +106,8 @@ class Selection:
         if kind == "norm":
             return self.norm(name, module, base, dims)
         if kind == "connector":
-            return partial(self.connector, name, base)
-        groups = self.groups([entry.modules.get(name) for entry in self.entries])
+            return partial(by_image, [entry.modules.get(name) for entry in self.entries], self.device, base)
+        groups = grouped([entry.modules.get(name) for entry in self.entries], self.device)
         return partial(group_by_group if kind == "embed" else picked, groups, base)
 
     def norm(self, name: str, module: nn.Module, base: Forward, dims: int) -> Forward:
@@ -109,7 +117,8 @@ class Selection:
             return base
         dtypes = [self.layout.dtypes[key] for key in self.layout.norms[name].values() if key in self.layout.dtypes]
         mine = self.by_row(name, module, dims, dtypes[0] if dtypes else None)
-        if not dtypes or all(touched):
+        exact = not dtypes and self.entries[0].gains.dtype == torch.float32  # gains that nobody tuned are the base's
+        if exact or all(touched):
             return mine
         mask = torch.tensor(touched, device=self.device).view(-1, *[1] * (dims - 1))
         return lambda *args, **kwargs: torch.where(mask, mine(*args, **kwargs), base(*args, **kwargs))
@@ -123,9 +132,10 @@ class Selection:
             twins: dict[int, nn.Module] = {}
             for row, entry in enumerate(self.entries):
                 if id(entry) not in twins:
-                    twins[id(entry)] = bare_twin(module, self.own(name, row))
-                    self.finished(twins[id(entry)], dtype)
-            groups = self.groups([twins[id(entry)] for entry in self.entries])
+                    twins[id(entry)] = twin = bare_twin(module, self.own(name, row))
+                    twin.forward = self.finished(twin, dtype)
+                    twins[id(entry)] = shell(twin)
+            groups = grouped([twins[id(entry)] for entry in self.entries], self.device)
             return partial(group_by_group, groups, partial(call, module, None))
         shapes = {short: self.layout.places[key].shape for short, key in self.layout.norms[name].items()}
         gathered = {
@@ -149,7 +159,7 @@ class Selection:
             return twin.forward
         own = twin.forward
         promote(twin, dtype, is_norm=True)
-        promoted = twin.forward
+        promoted = shell(twin).forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if len(args) != 1 or kwargs or args[0].dtype != dtype:
@@ -157,19 +167,6 @@ class Selection:
             return own(args[0].float()).to(dtype)  # the same, without a look for parameters to cast: 19 us, not 25
 
         return forward
-
-    def connector(self, name: str, base: Forward, images: tuple[int, ...], *args: Any, **kwargs: Any) -> Any:
-        """Images [N, P, D] through the connectors of their rows."""
-        modules = [entry.modules.get(name) for entry in self.entries]
-        if all(module is modules[0] for module in modules):
-            return base(*args, **kwargs) if modules[0] is None else modules[0].forward(*args, **kwargs)
-        features = args[0] if args else next(iter(kwargs.values()))
-        if features.shape[0] != len(images):
-            raise InputError(
-                f"the connector is given {tuple(features.shape)} where the rows of {len(images)} images are known;\n"
-                "rows with connectors of their own need `images`, and a model that keeps its images apart"
-            )
-        return picked(self.groups([modules[row] for row in images]), base, *args, **kwargs)
 
     def check(self) -> None:
         """After a forward of the model: raises InputError where it did not call a norm of which rows have gains."""
@@ -181,12 +178,33 @@ class Selection:
                 f"{missing[0]} is no module that the model calls, so rows have no gains of their own there"
             )
 
-    def groups(self, modules: Sequence[nn.Module | None]) -> Groups:
-        """Distinct modules and their places, in order of first use."""
-        rows: dict[int, list[int]] = {}
-        for row, module in enumerate(modules):
-            rows.setdefault(id(module), []).append(row)
-        return [(modules[found[0]], torch.tensor(found, device=self.device)) for found in rows.values()]
+
+def by_image(
+    modules: Sequence[nn.Module | None],
+    device: torch.device,
+    base: Forward,
+    images: tuple[int, ...],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Images [N, P, D] through the connectors of their rows; `modules` are those of the rows."""
+    if all(module is modules[0] for module in modules):
+        return runs(modules[0], base)(*args, **kwargs)
+    features = args[0] if args else next(iter(kwargs.values()))
+    if features.shape[0] != len(images):
+        raise InputError(
+            f"the connector is given {tuple(features.shape)} where the rows of {len(images)} images are known;\n"
+            "rows with connectors of their own need `images`, and a model that keeps its images apart"
+        )
+    return picked(grouped([modules[row] for row in images], device), base, *args, **kwargs)
+
+
+def grouped(modules: Sequence[nn.Module | None], device: torch.device) -> Groups:
+    """Distinct modules and their places, in order of first use."""
+    rows: dict[int, list[int]] = {}
+    for row, module in enumerate(modules):
+        rows.setdefault(id(module), []).append(row)
+    return [(modules[found[0]], torch.tensor(found, device=device)) for found in rows.values()]
 
 
 def runs(module: nn.Module | None, base: Forward) -> Callable[..., torch.Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from normtune.bank.entries import bare_twin
+from normtune.bank.entries import bare_twin, shell
 
 Own = dict[str, torch.Tensor]
 ROWS, LENGTHS = 3, (1, 5)
@@ -51,7 +51,7 @@ class Way:
             return torch.addcmul(bias, y, gain) if self.fused else y * gain + bias
 
         made.forward = forward
-        return made
+        return shell(made)
 
 
 WAYS = (Way(), *(Way(neutral, fused) for neutral in (1.0, 0.0) for fused in (False, True)))

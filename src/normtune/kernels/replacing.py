@@ -32,6 +32,11 @@ class Replaced(functools.partial):  # type: ignore[type-arg]
     def before(self) -> Forward | None:
         return self.args[1]  # type: ignore[no-any-return]
 
+    @property
+    def held(self) -> bool:
+        """Whether it serves somebody who counts on the model's tensors as they are."""
+        return False
+
 
 def replace(module: nn.Module, kind: type[Replaced], function: Forward, *arguments: Any) -> None:
     """Gives the module the forward `function(module, before, *arguments, ...)`; a second one of a kind does nothing."""
@@ -61,6 +66,12 @@ def is_plain(module: nn.Module) -> bool:
     if own is None:
         return True
     return isinstance(own, MethodType) and own.__func__ is type(module).forward and own.__self__ is module
+
+
+def is_held(model: nn.Module) -> bool:
+    """Whether a forward of the model is `held`."""
+    places = (vars(module).get(place) for module in model.modules() for place in ("forward", HOOKED))
+    return any(isinstance(own, Replaced) and own.held for own in places)
 
 
 def call(module: nn.Module, before: Forward | None, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,17 @@ from normtune.errors import InputError
 from normtune.kernels import is_quantized, keep_differentiable
 from normtune.layers import unwrapped
 from normtune.strategy.lora import add_lora, check_options, is_trained, lora_targets, remove_lora
-from normtune.strategy.state import GAIN_PARTS, Tuning, count, gain_names, norm_formulas, plain, set_trainable, tuning
+from normtune.strategy.state import (
+    GAIN_PARTS,
+    Tuning,
+    count,
+    gain_names,
+    norm_formulas,
+    plain,
+    refuse_banked,
+    set_trainable,
+    tuning,
+)
 from normtune.strategy.table import resolve, select
 
 
@@ -76,9 +86,10 @@ def apply(
     Raises:
         InputError: unknown strategy, part or LoRA target, a part that the model lacks (for a name: its own part, or
             all), a float16 base, quantized or offloaded weights among the trainable ones, trained LoRA that would
-            be lost. The model is as it was then.
+            be lost, a model in a bank. The model is as it was then.
     """
     model = unwrapped(model)
+    refuse_banked(model)
     label, parts, explicit = resolve(strategy)
     state = tuning(model)
     part_of, skipped = select(model, state.anatomy, parts, explicit)

@@ -15,6 +15,7 @@ from torch import nn
 
 from normtune.errors import InputError, JobError
 from normtune.kernels import Logits, Swaps, demote, is_quantized, promote, restore, swap
+from normtune.kernels.replacing import is_held
 from normtune.layers import unwrapped
 from normtune.structure import Anatomy, Formula, dissect, formulas
 
@@ -169,6 +170,12 @@ def refuse_cast(model: nn.Module) -> None:
                 f"{name} was fp32 when it was tuned and is {dtype} now: the model was cast as a whole (model.to, "
                 "bf16_full_eval)\nand its training is rounded; train again without that cast"
             )
+
+
+def refuse_banked(model: nn.Module) -> None:
+    """Raises InputError where a bank serves the model: its rows would run on other tensors from now on."""
+    if is_held(model):
+        raise InputError("a bank serves this model; add to the bank instead (Bank.add), or close it first")
 
 
 def base_gains(model: nn.Module) -> dict[str, torch.Tensor]:
