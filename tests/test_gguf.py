@@ -262,6 +262,17 @@ def test_applied_twice_is_refused_with_and_without_the_mark(tmp_path: Path) -> N
     assert not (tmp_path / "twice.gguf").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tuned_gains_that_were_merged_and_rounded_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also where one of the norms has hardly moved."""
+    model, merged = tuned(text_model(), ("norms",)), text_model()
+    still = model.model.layers[0].input_layernorm.weight.data
+    still.copy_(merged.model.layers[0].input_layernorm.weight.data * (1 + 1e-7))
+    merged.load_state_dict({name: value.to(dtype).float() for name, value in model.state_dict().items()})
+    with pytest.raises(InputError, match="holds the tuned gains already"):
+        apply_to_gguf(model, write_base(tmp_path / "merged.gguf", merged), tmp_path / "twice.gguf")
+
+
 def test_other_gains_under_the_base_s_embedding(tmp_path: Path) -> None:
     """Gains in another order are no folded scale."""
     model = text_model()
@@ -287,16 +298,34 @@ def test_a_file_that_is_cut_off_is_refused(share: float, tmp_path: Path) -> None
         apply_to_gguf(tuned(text_model()), base, tmp_path / "out.gguf")
 
 
-def test_biases_alone_are_shifted(tmp_path: Path) -> None:
-    """An adapter may hold the biases of norms and not their gains; a folded scale multiplies the shift."""
-    base = text_model("gpt2")
-    names = [name for name, _ in base.named_parameters() if "ln_" in name and name.endswith("bias")]
-    apply(base, ["bias"])
-    for name, parameter in base.named_parameters():
+def tuned_biases() -> Any:
+    """A model whose adapter holds the biases of norms alone."""
+    model = text_model("gpt2")
+    names = [name for name, _ in model.named_parameters() if "ln_" in name and name.endswith("bias")]
+    apply(model, ["bias"])
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
         if name in names:
             parameter.data.add_(0.25)
-    vars(base)["_normtune"].tuned = names
+    vars(model)["_normtune"].tuned = names
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(tuned_biases, "holds the tuned gains already"), (lambda: text_model("gpt2"), "holds other values than")],
+    ids=["merged", "other biases"],
+)
+def test_biases_of_another_model_are_refused(make: Any, message: str, tmp_path: Path) -> None:
+    factors = {} if make is tuned_biases else {"blk.1.ffn_norm.bias": 1.5}
+    base = write_base(tmp_path / "base.gguf", make(), "gpt2", factors=factors)
+    with pytest.raises(InputError, match=message):
+        apply_to_gguf(tuned_biases(), base, tmp_path / "out.gguf")
+
+
+def test_biases_alone_are_shifted(tmp_path: Path) -> None:
+    """An adapter may hold the biases of norms and not their gains; a folded scale multiplies the shift."""
+    base = tuned_biases()
     factors = {"blk.0.attn_norm.weight": 2.0, "blk.0.attn_norm.bias": 2.0}
     plain = text_model("gpt2")
     path = write_base(tmp_path / "base.gguf", plain, "gpt2", factors=factors)

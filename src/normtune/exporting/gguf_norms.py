@@ -12,12 +12,13 @@ here: the rule itself (gguf_rule.py), whether the base is the right one (gguf_ba
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from normtune.adapter import Adapter
@@ -25,7 +26,7 @@ from normtune.adapter.loading import capture
 from normtune.errors import InputError
 from normtune.exporting.gguf_base import MARK, check_embedding, check_shape, refuse_twice
 from normtune.exporting.gguf_files import fact, gguf_package, open_gguf, rewrite, tensors
-from normtune.exporting.gguf_rule import close, folded, ratio_rule
+from normtune.exporting.gguf_rule import ROUNDING, close, folded, ratio_rule
 from normtune.layers import unwrapped
 from normtune.strategy import parameters
 from normtune.structure import Anatomy, anatomy, formulas
@@ -97,7 +98,7 @@ def apply_to_gguf(model: nn.Module, base: str | Path, target: str | Path) -> App
             f"{base} is of another base than the adapter: first {scaled[0]} differs, and the adapter holds no "
             "values of its base's embedding to tell by;\ngive the GGUF file of the base"
         )
-    refuse_merged(base, [n for n in norms if n.gain in tuned], places, adapter)
+    refuse_merged(base, norms, places, adapter, tuned)
     values: dict[str, np.ndarray] = {}
     for norm in norms:
         values |= new_values(norm, places[norm.module], adapter, tuned, base)
@@ -253,25 +254,43 @@ def understood(norm: Norm, gain: Any, bias: Any | None, base: np.ndarray, path: 
     return Found(gain, bias, norm.offset, scaled=True)
 
 
-def refuse_merged(path: Path, norms: Sequence[Norm], places: dict[str, Found], adapter: Adapter) -> None:
-    """Raises InputError where every tuned norm of the file holds the tuned gains already, without the mark."""
-    if not norms:
-        return
+def refuse_merged(
+    path: Path, norms: Sequence[Norm], places: dict[str, Found], adapter: Adapter, tuned: Container[str]
+) -> None:
+    """Raises InputError where every tuned gain and bias of the file is the tuned one already, without the mark.
+
+    That is so up to what bf16 rounds, where a tensor is too far from the base's for that; else exactly.
+    """
+    apart, exact, equal = False, False, True
     for norm in norms:
         place = places[norm.module]
-        base, tuned = (side[norm.gain].double().numpy().reshape(-1) for side in (adapter.base, adapter.tensors))
-        if not np.allclose(stored(place.gain), place.offset + tuned, rtol=1e-6) or np.allclose(tuned, base, rtol=1e-6):
-            return
-    raise InputError(f"{path} holds the tuned gains already: it was converted from the merged model, and can be used")
+        for name, tensor, offset in ((norm.gain, place.gain, place.offset), (norm.bias, place.bias, 0.0)):
+            if name is None or name not in tuned:
+                continue
+            values, base, new = stored(tensor), values_of(adapter.base, name), values_of(adapter.tensors, name)
+            if not close(values, new, offset):
+                return
+            apart |= not close(values, base, offset)
+            exact |= not np.allclose(new, base, rtol=1e-6)
+            equal &= np.allclose(values, offset + new, rtol=1e-6)
+    if apart or (exact and equal):
+        raise InputError(
+            f"{path} holds the tuned gains already: it was converted from the merged model, and can be used"
+        )
+
+
+def values_of(side: Mapping[str, torch.Tensor], name: str) -> np.ndarray:
+    """A tensor of the adapter, fp64, one dimension."""
+    return side[name].double().numpy().reshape(-1)  # type: ignore[no-any-return]
 
 
 def new_values(norm: Norm, place: Found, adapter: Adapter, tuned: Container[str], path: Path) -> dict[str, np.ndarray]:
     """Tensors of the file -> new values, fp32, of what was tuned of a norm."""
-    base = adapter.base[norm.gain].double().numpy().reshape(-1)
+    base = values_of(adapter.base, norm.gain)
     result = {}
     if norm.gain in tuned:
-        new = adapter.tensors[norm.gain].double().numpy().reshape(-1)
         try:
+            new = values_of(adapter.tensors, norm.gain)
             result[place.gain.name] = ratio_rule(stored(place.gain), base, new, place.offset)
         except ZeroDivisionError:
             raise InputError(
@@ -279,8 +298,12 @@ def new_values(norm: Norm, place: Found, adapter: Adapter, tuned: Container[str]
                 "its scale is unknown; give a GGUF file without folded scales"
             ) from None
     if norm.bias is not None and norm.bias in tuned:
-        change = adapter.tensors[norm.bias].double() - adapter.base[norm.bias].double()
-        factor = folded(stored(place.gain), base, place.offset)
-        shifted = stored(place.bias) + factor * change.numpy().reshape(-1)
-        result[place.bias.name] = shifted.astype(np.float32)  # type: ignore[union-attr]
+        before, after = values_of(adapter.base, norm.bias), values_of(adapter.tensors, norm.bias)
+        factor, held = folded(stored(place.gain), base, place.offset), stored(place.bias)
+        if not (np.abs(held - factor * before) <= 2 * ROUNDING * np.abs(factor * before) + 1e-6).all():
+            raise InputError(
+                f"{path}: {place.bias.name} holds other values than {norm.bias}, also with the scale of its gain;\n"  # type: ignore[union-attr]
+                "give the GGUF file of the base"
+            )
+        result[place.bias.name] = (held + factor * (after - before)).astype(np.float32)  # type: ignore[union-attr]
     return result
