@@ -149,3 +149,33 @@ def test_ctrl_c_ends_an_answer_and_no_conversation(
     out = terminal(str(runs / "gains"), lines=["Hello", "And now?"])
     first, second = map(int, re.findall(r"\[(\d+) tokens", terminal.err))
     assert len(out) == 2 and first < second == 8
+
+
+def test_what_goes_wrong_ends_no_conversation(terminal: Terminal, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths that nobody can open, an answer that failed, Ctrl-C while a picture is prepared."""
+    from normtune.serving import Engine, Piece
+
+    stream = Engine.stream
+
+    def troubled(self: Engine, turns: Sequence[Turn], *rest: Any) -> Iterator[Any]:
+        if turns[-1].text == "Stop":
+            raise KeyboardInterrupt
+        failed = (Piece("", 1, "error", "RuntimeError: out of something") for _ in range(1))
+        return failed if turns[-1].text == "Fail" else stream(self, turns, *rest)
+
+    monkeypatch.setattr(Engine, "stream", troubled)
+    lines = ["/image ~nobody-of-this-name/a.png", f"/image {'a' * 5000}", "Fail", "Stop", "Hello"]
+    out = terminal(str(runs / "gains"), lines=lines)
+    assert terminal.err.count("no picture") == 2 and "out of something" in terminal.err
+    assert len([line for line in out if line]) == 1
+
+
+def test_the_model_is_put_on_the_device(terminal: Terminal, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: list[str] = []
+    monkeypatch.setattr("normtune.tuned.place", lambda model, device: placed.append(device))
+    terminal(str(runs / "gains"), "Hello")
+    terminal(str(runs / "lora"), "Hello", "--device", "cpu")  # its adapter comes later than its base
+    assert placed == ["auto", "cpu", "cpu"]
+    monkeypatch.undo()
+    terminal(str(runs / "gains"), "Hello", "--device", "moon", code=2)
+    assert "moon" in terminal.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of the likeliest tokens to draw from.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Draws the same answers again.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
 ) -> None:
     """Ask a tuned model about pictures: one question, or a conversation.
 
@@ -44,7 +46,7 @@ def chat(
 
     named = named_folders(adapter or [], NONE)
     picture = open_picture(image) if image else None
-    with opened(model, named) as (engine, first):
+    with opened(model, named, device) as (engine, first):
         conversation = Conversation(engine, Sampling(max_new_tokens, temperature, top_p, seed), first, picture)
         if question:
             conversation.ask(" ".join(question))
@@ -75,12 +77,12 @@ def talk(conversation: Conversation) -> None:
 
 def say(conversation: Conversation, text: str) -> None:
     """Asks; what cannot be answered (a conversation beyond the context) is said and taken back."""
-    from normtune.errors import InputError
+    from normtune.errors import InputError, JobError
 
     before = len(conversation.turns)
     try:
         conversation.ask(text)
-    except InputError as error:
+    except (InputError, JobError) as error:
         del conversation.turns[before:]
         print(error, file=sys.stderr)
 
@@ -89,7 +91,7 @@ def show(conversation: Conversation, path: str) -> None:
     from normtune.errors import InputError
 
     try:
-        conversation.image = open_picture(Path(path).expanduser())
+        conversation.image = open_picture(Path(os.path.expanduser(path)))
         conversation.turns.clear()
     except InputError as error:
         print(error, file=sys.stderr)
@@ -109,7 +111,7 @@ def open_picture(path: Path) -> Image:
     from normtune.data import open_image
     from normtune.errors import InputError
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"no picture at {path}; give the path of an image file")
     return open_image(path, f"--image {path}")
 
@@ -122,16 +124,18 @@ def read_line(prompt: bool) -> str | None:
 
 
 @contextmanager
-def opened(path: str, named: dict[str, str]) -> Iterator[tuple[Engine, str | None]]:
+def opened(path: str, named: dict[str, str], device: str = "auto") -> Iterator[tuple[Engine, str | None]]:
     """An engine for the base at `path`, its own adapter and the named ones, and who answers first: the run's own
     adapter, else the first that is named, else the base."""
     import normtune
     from normtune.cli.serve import adapter_folder
     from normtune.errors import InputError
     from normtune.serving import Engine, open_alone, open_base
+    from normtune.tuned import place
     from normtune.world import resolve_path
 
     tuned, own = open_base(resolve_path(path))
+    place(tuned.model, device)
     adapters = {**dict(own), **{name: adapter_folder(folder) for name, folder in named.items()}}
     try:
         bank = normtune.bank(tuned.model, adapters)
@@ -139,6 +143,7 @@ def opened(path: str, named: dict[str, str]) -> Iterator[tuple[Engine, str | Non
         if named or not own:
             raise
         bank, adapters = open_alone(tuned, own[0][1]), {}
+        place(tuned.model, device)  # what the adapter brought
     with bank, Engine(bank, tuned.processor, slots=1) as engine:
         yield engine, next(iter(adapters), None)
 
@@ -160,19 +165,19 @@ class Conversation:
         self.turns.append(Turn("user", f"<image>\n{text}" if first and self.image is not None else text))
         images = [self.image] if self.image is not None else []
         reply, tokens, started = "", 0, time.perf_counter()
-        stream = self.engine.stream(self.turns, images, self.adapter, self.sampling)
-        with closing(stream):
-            try:
-                for piece in stream:
-                    new = piece.text if reply else piece.text.lstrip()
-                    print(new, end="", flush=True)
-                    reply, tokens = reply + new, piece.tokens
-                    if piece.error is not None:
-                        raise JobError(piece.error)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                print(flush=True)
+        try:
+            with closing(self.engine.stream(self.turns, images, self.adapter, self.sampling)) as stream:
+                try:
+                    for piece in stream:
+                        new = piece.text if reply else piece.text.lstrip()
+                        print(new, end="", flush=True)
+                        reply, tokens = reply + new, piece.tokens
+                        if piece.error is not None:
+                            raise JobError(piece.error)
+                finally:
+                    print(flush=True)
+        except KeyboardInterrupt:
+            pass
         seconds = time.perf_counter() - started
         print(f"[{tokens} tokens, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
         self.turns.append(Turn("assistant", reply.strip()))
