@@ -633,6 +633,17 @@ def test_other_models(build: Callable[[Path], None], joins: bool, tmp_path: Path
         assert late.finish == "cancelled" and late.pieces[-1].tokens < 10
 
 
+def test_what_a_processor_refuses(tmp_path: Path) -> None:
+    """The token of an image in a text, a picture that is a line: mistakes of the request."""
+    qwen2_vl(tmp_path / "model")
+    model, processor = nt.load(str(tmp_path / "model"))
+    with bank(model) as held:
+        engine = Engine(held, processor)
+        for text, images in (("<|image_pad|>", []), ("<image>", [Image.new("RGB", (900, 3))])):
+            with pytest.raises(InputError, match="processor"):
+                engine.prepare([Turn("user", text)], images, None)
+
+
 def test_a_batch_that_waits_survives_a_forward_that_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sliding(tmp_path / "model")
     model, processor = nt.load(str(tmp_path / "model"))

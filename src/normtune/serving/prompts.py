@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
 
 from normtune.bank import Bank, Entry
@@ -59,8 +60,12 @@ class Prompts:
         request = Request(tuple(turns), tuple(to_rgb(image) for image in images), "the request")
         if self.vision is None:
             assert self.stock is not None
-            with self.lock:
-                tokens = self.stock.inputs([request])["input_ids"].shape[1]
+            try:
+                with self.lock:
+                    tokens = self.stock.inputs([request])["input_ids"].shape[1]
+            except (TemplateError, ValueError) as error:  # an image's token in the text, a picture that is a line
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise InputError(f"the model's processor does not take this conversation: {reason}") from None
             return self._checked(Prompt(entry, request, [], (), tokens))
         pictures = tuple(self.vision.look(image) for image in request.images if isinstance(image, Image.Image))
         lengths = [self.vision.tokens] * len(pictures)
