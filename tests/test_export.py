@@ -95,6 +95,8 @@ def test_card_states_recipe_scores_and_no_path(tmp_path: Path) -> None:
     result = {"pope": {"score": 0.871, "intervals": {"score": [0.84, 0.9]}, "n": 300, "baseline": "none"}}
     (tmp_path / "evaluations/pope.json").write_text(json.dumps({"scores": result}))
     (tmp_path / "evaluations/broken.json").write_text("{")
+    odd = {"mme": 0.5, "vqav2": {"score": 0.25, "intervals": {"score": [None, None]}, "n": 3}}
+    (tmp_path / "evaluations/odd.json").write_text(json.dumps({"scores": odd}))
     record = {"strategy": "layernorm-simple", "parts": ["norms", "final_norm"], "parameters": 1000}
     scores = read_evaluations(tmp_path)
     card = model_card("see", recipe.model, record, recipe, Survival(9, 0.97, 0.95), 2_000_000, "bfloat16", scores)
@@ -102,7 +104,7 @@ def test_card_states_recipe_scores_and_no_path(tmp_path: Path) -> None:
     facts = yaml.safe_load(front)
     assert facts["base_model"] == ["openai/clip-vit-large-patch14"] and facts["pipeline_tag"] == "image-text-to-text"
     for word in ("LLM: my-llm", "layernorm-simple", "0.050%", "| 0.871 | 0.840 to 0.900 | 300 |", "pairs.json, detail",
-                 "0.004", "95.0% of the change survives", "bfloat16", "icence"):  # fmt: skip
+                 "| 0.250 |  | 3 |", "0.004", "95.0% of the change survives", "bfloat16", "icence"):  # fmt: skip
         assert word in text, word
     assert "secret" not in card and str(tmp_path) not in card
     bare = model_card("see", None, None, None, Survival(0, 1.0, 1.0), 1, "float32")
@@ -283,6 +285,11 @@ def test_mmproj_refuses_other_encoders_and_connectors(tmp_path: Path) -> None:
         write_mmproj(model, processor, tmp_path / "mmproj.gguf")
     with pytest.raises(InputError, match="one vision encoder"):
         write_mmproj(text_model(), processor, tmp_path / "mmproj.gguf")
+    for folder, vision in (("clip", "clip"), ("siglip", "siglip")):  # its class token kept, its first patch dropped
+        model, processor = load(tiny_mllm(tmp_path / folder, vision=vision))
+        model.config.vision_feature_select_strategy = "full" if vision == "clip" else "default"
+        with pytest.raises(InputError, match="takes all patches and nothing else"):
+            write_mmproj(model, processor, tmp_path / "mmproj.gguf")
     model = llava()
     model.config.vision_config.intermediate_size = model.config.vision_config.hidden_size
     with pytest.raises(InputError, match="swaps its layers"):
@@ -316,6 +323,7 @@ def test_weighted_sum_of_tensors_without_a_base() -> None:
     assert weighted_sum([a, b], [0.25, 0.75]).tensors["c.weight"].tolist() == [2.5, 2.5]
     assert weighted_sum([a, a], [2, 2]).tensors["c.weight"].tolist() == [1.0, 1.0]
     assert weighted_sum([a, b], [1, 1], keep_rest=True).tensors["c.weight"].tolist() == [1.0, 1.0]
+    assert weighted_sum([a, b], [0.25, 0.75], keep_rest=True).tensors["c.weight"].tolist() == [2.5, 2.5]
     for others, weights, words in (
         ([a, b], [1, 1], "weights sum to 2"),
         ([a, small(n=[0.0, 0.0])], [0.5, 0.5], "not all adapters"),
@@ -334,6 +342,8 @@ def test_merge_of_several_and_between_two(
         write_adapter(mllm, tmp_path / name, seed=seed)
     assert run("merge", "a", "b", "--weights", "0.25,0.75", "--out", "mixed") == 0
     assert "different, mixed by value" in capsys.readouterr().out
+    assert run("merge", "a", "b", "--weights", "1,1", "--keep-rest", "--out", "kept") == 0
+    assert "different, kept as the first's" in capsys.readouterr().out
     a, b, mixed = (Adapter.read(name) for name in ("a", "b", "mixed"))
     for name, tensor in mixed.tensors.items():
         torch.testing.assert_close(tensor, 0.25 * a.tensors[name] + 0.75 * b.tensors[name], rtol=0, atol=1e-6)
@@ -362,6 +372,9 @@ def test_merge_of_several_and_between_two(
         (["a", "b", "--benchmarks", "popee", "--data", "x"], "popee"),
         (["a", "b", "--benchmarks", "pope", "--data", "nowhere"], "nowhere"),
         (["a", "b", "--interpolate", "--shares", "2"], "share 2"),
+        (["a", "b", "--interpolate", "--weights", "1,0"], "leave one of them out"),
+        (["a", "b", "--shares", "0.5"], "--shares go with --interpolate"),
+        (["a", "b", "--data", "world:eval"], "name the --benchmarks"),
     ]  # fmt: skip
     for arguments, words in wrong:
         assert run("merge", *arguments, "--out", "new") == 2

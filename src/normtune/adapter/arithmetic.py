@@ -150,7 +150,7 @@ class Adapter:
             if len(alone) == 1 and not keep_rest:
                 raise InputError(
                     f"only one of the adapters holds {name}, and its base is unknown, so that it cannot be mixed;\n"
-                    "keep_rest=True keeps such tensors as they are"
+                    "keep_rest (--keep-rest) keeps such tensors as they are"
                 )
             mixed[name] = alone[0] if len(alone) == 1 else mix(first[name], second[name], share)
         return Adapter(mixed, {**other.base, **self.base}, made_of(f"interpolate {share:g}", mixed, self, other))
@@ -287,11 +287,13 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], *, keep_
             pairs = [(w, a) for w, a in zip(weights, adapters, strict=True) if name in a.tensors]
             change = [w * (a.tensors[name].double() - a.base.get(name, base[name]).double()) for w, a in pairs]
             total[name] = (base[name].double() + torch.stack(change).sum(0)).float()
-        elif keep_rest or (whole and all(same(held[0], one) for one in held)):
+        elif whole and all(same(held[0], one) for one in held):
             total[name] = held[0]
         elif whole and abs(sum(weights) - 1) < 1e-6:
             parts = [w * one.double() for w, one in zip(weights, held, strict=True)]
             total[name] = torch.stack(parts).sum(0).float()
+        elif keep_rest:
+            total[name] = held[0]
         else:
             why = f"the weights sum to {sum(weights):g}, not 1" if whole else "not all adapters hold it"
             raise InputError(

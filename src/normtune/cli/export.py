@@ -154,7 +154,8 @@ def card_of(run: str, tuned: Tuned, survival: Survival, dtype: str) -> str:
     model = tuned.recipe.model if tuned.recipe else ModelRecipe.model_validate(base) if base else None
     home = folder if tuned.recipe else folder.parent if folder.name == "adapter" else None
     total = sum(parameter.numel() for parameter in tuned.model.parameters())
-    title = tuned.recipe.name if tuned.recipe else folder.resolve().name
+    own = (folder.parent if home else folder).resolve().name
+    title = tuned.recipe.name if tuned.recipe else own
     return model_card(
         title, model, record, tuned.recipe, survival, total, dtype, read_evaluations(home) if home else ()
     )

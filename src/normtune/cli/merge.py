@@ -47,6 +47,7 @@ def merge(
     """
     from normtune.cli.output import print_json
 
+    refuse_idle(interpolate, weights, shares, benchmarks, data, limit)
     if len(runs) == 1 and not interpolate and weights is None:
         if benchmarks is not None:
             raise InputError("--benchmarks compares several adapters; score one with `normtune evaluate`")
@@ -66,11 +67,23 @@ def merge(
     if asked is not None:
         adapters = {**{run: adapter_folder(run) for run in runs}, **folders}
         found = score(runs[0], adapters, *asked, limit, force)
-    note = rest_note(list(sources.values()), next(iter(made.values())))
+    note = rest_note(list(sources.values()), list(made.values()))
     if json:
         print_json({"out": str(out), "made": {n: str(f) for n, f in folders.items()}, "rest": note, "scores": found})
     else:
         show(folders, note, found)
+
+
+def refuse_idle(
+    interpolate: bool, weights: str | None, shares: str, benchmarks: str | None, data: str | None, limit: int | None
+) -> None:
+    """Raises InputError for an option that the others leave without effect."""
+    if interpolate and weights is not None:
+        raise InputError("--weights are of a sum; --interpolate goes by --shares, leave one of them out")
+    if shares != SHARES and not interpolate:
+        raise InputError("--shares go with --interpolate; a sum goes by --weights")
+    if benchmarks is None and (data is not None or limit is not None):
+        raise InputError("--data and --limit are of the scores; name the --benchmarks, too")
 
 
 def read(run: str) -> Adapter:
@@ -121,19 +134,25 @@ def write_all(made: Mapping[str, Adapter], out: Path, single: bool) -> dict[str,
     return {label: out / label.replace(" ", "-") for label in made}
 
 
-def rest_note(sources: Sequence[Adapter], made: Adapter) -> str:
+def rest_note(sources: Sequence[Adapter], made: Sequence[Adapter]) -> str:
     """What became of the tensors whose base no adapter holds; empty where there are none."""
-    rest = [name for name in made.tensors if name not in made.base]
+    rest = [name for name in made[0].tensors if name not in made[0].base]
     if not rest:
         return ""
-    held = [[a.tensors[name] for a in sources if name in a.tensors] for name in rest]
-    alike = sum(len(own) == len(sources) and all(bool((one == own[0]).all()) for one in own) for own in held)
-    alone = sum(len(own) < len(sources) for own in held)
-    parts = [f"{alike} the same in all"] if alike else []
-    parts += [f"{alone} of only some, kept as they are"] if alone else []
-    mixed = len(rest) - alike - alone
-    parts += [f"{mixed} different, mixed by value"] if mixed else []
+    kinds = [fate(name, sources, made) for name in rest]
+    parts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
     return f"{len(rest)} tensors without a known base (first {rest[0]}): {', '.join(parts)}"
+
+
+def fate(name: str, sources: Sequence[Adapter], made: Sequence[Adapter]) -> str:
+    """What became of one of them."""
+    held = [a.tensors[name] for a in sources if name in a.tensors]
+    if len(held) < len(sources):
+        return "of only some, kept as they are"
+    if all(bool((one == held[0]).all()) for one in held):
+        return "the same in all"
+    kept = all(bool((one.tensors[name] == held[0]).all()) for one in made)
+    return "different, kept as the first's" if kept else "different, mixed by value"
 
 
 def questions(run: str, benchmarks: str, data: str | None, limit: int | None) -> tuple[list[str], str]:

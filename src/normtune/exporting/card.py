@@ -146,7 +146,8 @@ def stage_rows(stages: Iterable[Stage]) -> str:
     for stage in stages:
         trained = stage.strategy if isinstance(stage.strategy, str) else " + ".join(stage.strategy)
         data = ", ".join(source.kind or Path(source.path).name for source in stage.data)
-        rows.append(f"| {stage.name} | {trained} | {stage.learning_rate:g} | {data} |")
+        named_data = data.replace("|", "\\|")
+        rows.append(f"| {stage.name} | {trained} | {stage.learning_rate:g} | {named_data} |")
     return "\n".join(rows)
 
 
@@ -155,9 +156,11 @@ def scores(evaluations: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for document in evaluations:
         for benchmark, facts in document["scores"].items():
+            if not isinstance(facts, Mapping):
+                continue
             value, span = facts.get("score"), (facts.get("intervals") or {}).get("score")
             if isinstance(value, int | float):
-                interval = f"{span[0]:.3f} to {span[1]:.3f}" if span else ""
+                interval = f"{span[0]:.3f} to {span[1]:.3f}" if span and None not in span else ""
                 shown = "" if facts.get("baseline", "none") == "none" else f" ({facts['baseline']})"
                 rows.append(f"| {benchmark}{shown} | {value:.3f} | {interval} | {facts.get('n', '')} |")
     if not rows:

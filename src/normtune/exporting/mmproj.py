@@ -70,7 +70,8 @@ def write_mmproj(model: nn.Module, processor: Any, target: str | Path, *, half: 
         raise InputError("llama.cpp's mlp projector takes one vision encoder, and the model has none or several")
     config, layer = encoder_config(model), feature_layer(model)
     tensors = {**encoder_tensors(model.get_submodule(found.vision[0]), layer), **connector_tensors(model, found)}
-    normal = processor.image_processor
+    check_selection(model, "v.class_embd" in tensors)
+    mean, std = normalization(processor.image_processor)
     writer = gguf.GGUFWriter(target, "clip")
     writer.add_type("mmproj")
     writer.add_file_type(int(half))  # LlamaFileType: 0 all F32, 1 mostly F16
@@ -90,8 +91,8 @@ def write_mmproj(model: nn.Module, processor: Any, target: str | Path, *, half: 
         writer.add_uint32(f"clip.vision.{key}", int(value))
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", float(config.layer_norm_eps))
     writer.add_array("clip.vision.feature_layer", [layer])
-    writer.add_array("clip.vision.image_mean", [float(v) for v in normal.image_mean])
-    writer.add_array("clip.vision.image_std", [float(v) for v in normal.image_std])
+    writer.add_array("clip.vision.image_mean", mean)
+    writer.add_array("clip.vision.image_std", std)
     switch = ACTIVATIONS[config.hidden_act]
     if switch is not None:
         writer.add_bool(f"clip.use_{switch}", True)
@@ -104,6 +105,13 @@ def write_mmproj(model: nn.Module, processor: Any, target: str | Path, *, half: 
         writer.write_tensors_to_file()
         writer.close()
     return list(tensors)
+
+
+def normalization(processor: Any) -> tuple[list[float], list[float]]:
+    """Mean and deviation of a channel, of values 0 to 1."""
+    if not getattr(processor, "do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    return [float(v) for v in processor.image_mean], [float(v) for v in processor.image_std]
 
 
 def encoder_config(model: Any) -> Any:
@@ -133,6 +141,17 @@ def feature_layer(model: Any) -> int:
     if not 1 <= number <= blocks:
         raise InputError(f"vision_feature_layer {layer} of {blocks} blocks has no block before it")
     return number
+
+
+def check_selection(model: Any, special: bool) -> None:
+    """Raises InputError where LLaVA reads more or less than all patches; `special`: there is a class token."""
+    config = model.config
+    if (config.vision_feature_select_strategy == "default") != special:
+        what = "keeps the class token" if special else "drops the first patch, since there is no class token"
+        raise InputError(
+            f"vision_feature_select_strategy {config.vision_feature_select_strategy!r} {what}; llama.cpp's mlp "
+            "projector takes all patches and nothing else"
+        )
 
 
 def encoder_tensors(encoder: nn.Module, layer: int) -> dict[str, torch.Tensor]:
