@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,12 @@ def test_a_gated_adapter_leaves_text_alone(terminal: Terminal, runs: Path, refer
 def test_an_adapter_that_no_bank_takes(terminal: Terminal, runs: Path, reference: Any) -> None:
     (out,) = terminal(str(runs / "lora"), "What?", "--image", str(runs / "a.png"))
     asked = [Turn("user", "<image>\nWhat?")], runs / "a.png"
-    assert out.strip() == reference("lora", *asked) != reference(None, *asked)
+    assert out.strip() == reference("lora", *asked) != reference(None, *asked) and "gate" not in terminal.err
+    record = json.loads((runs / "lora" / "adapter.json").read_text())
+    shutil.copytree(runs / "lora", runs / "gated-lora")
+    (runs / "gated-lora" / "adapter.json").write_text(json.dumps({**record, "gate": "image"}))
+    (out,) = terminal(str(runs / "gated-lora"), "What?")
+    assert out.strip() == reference("lora", [Turn("user", "What?")]) and "gate" in terminal.err
     terminal(str(runs / "lora"), "What?", "--adapter", f"gains={runs / 'gains'}", code=2)
     assert "LoRA" in terminal.err
 

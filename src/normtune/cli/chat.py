@@ -72,10 +72,10 @@ def talk(conversation: Conversation) -> None:
         elif line.startswith("/"):
             print(f"unknown command {command}; {HELP}", file=sys.stderr)
         elif line:
-            say(conversation, line)
+            put(conversation, line)
 
 
-def say(conversation: Conversation, text: str) -> None:
+def put(conversation: Conversation, text: str) -> None:
     """Asks; what cannot be answered (a conversation beyond the context) is said and taken back."""
     from normtune.errors import InputError, JobError
 
@@ -130,6 +130,7 @@ def opened(path: str, named: dict[str, str], device: str = "auto") -> Iterator[t
     import normtune
     from normtune.cli.serve import adapter_folder
     from normtune.errors import InputError
+    from normtune.progress import say
     from normtune.serving import Engine, open_alone, open_base
     from normtune.tuned import place
     from normtune.world import resolve_path
@@ -144,6 +145,8 @@ def opened(path: str, named: dict[str, str], device: str = "auto") -> Iterator[t
             raise
         bank, adapters = open_alone(tuned, own[0][1]), {}
         place(tuned.model, device)  # what the adapter brought
+        if (tuned.record or {}).get("gate") == "image":
+            say("the adapter answers texts without an image, too: its gate holds in a bank, which does not take it")
     with bank, Engine(bank, tuned.processor, slots=1) as engine:
         yield engine, next(iter(adapters), None)
 
