@@ -34,9 +34,9 @@ from asked import picture
 from command import run
 from normtune.chat import Turn
 from normtune.evaluation import answer
-from normtune.serving import Engine, remote
+from normtune.serving import Engine, remote, server
 from normtune.serving.limits import ApiError, Held, Load, ServerSettings, read_body
-from normtune.serving.protocol import IGNORED, MAX_STOPS, NEUTRAL, read_request
+from normtune.serving.protocol import IGNORED, MAX_STOPS, MAX_VALUES, NEUTRAL, read_request
 from normtune.serving.server import TOGETHER
 from normtune.serving.uploads import Encoded
 from served import KEY, Scripted, Served, ask, eventually, serving
@@ -267,6 +267,31 @@ def test_parts_become_turns_with_places(calm: Served) -> None:
     assert read_request(json.dumps(ask("x", stop=["s"] * MAX_STOPS)).encode()).stop == ("s",) * MAX_STOPS
 
 
+def test_an_answer_goes_back_as_a_turn(calm: Served) -> None:
+    client, asked = calm.client(), [{"role": "user", "content": "one two"}]
+    said = client.chat.completions.create(model="a", messages=asked).choices[0].message  # type: ignore[arg-type]
+    for turn in (said, said.model_dump()):  # with refusal, tool_calls and others, all null
+        client.chat.completions.create(model="a", messages=[*asked, turn, *asked])  # type: ignore[list-item]
+        assert calm.engine.seen[-1][0] == (
+            Turn("user", "one two"),
+            Turn("assistant", "one two"),
+            Turn("user", "one two"),
+        )
+    with pytest.raises(openai.BadRequestError, match="tool_calls"):
+        turn = {**said.model_dump(), "tool_calls": [{"type": "function"}]}
+        client.chat.completions.create(model="a", messages=[*asked, turn, *asked])  # type: ignore[list-item]
+
+
+def test_values_are_limited_and_commas_are_not() -> None:
+    texts = ["," * 2**20, '\\",' * 2**17, "\\"]
+    for text in texts:
+        assert read_request(json.dumps(ask(text)).encode()).turns == (Turn("user", text),)
+    many = [0] * (MAX_VALUES + 2)
+    for more in ({"stop": many}, {"tools": many}, {str(n): 0 for n in range(len(many))}):
+        with pytest.raises(ApiError, match="too many values"):
+            read_request(json.dumps(ask('\\",\\', **more)).encode())
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_image_types(calm: Served, kind: str) -> None:
     reply = calm.post(malformed.with_image(malformed.data_url(encoded(kind), f"image/{kind.lower()}")))
@@ -291,6 +316,31 @@ def test_raw_requests(calm: Served, name: str) -> None:
         wire.sendall(sent)
         assert wire.recv(100).startswith(b"HTTP/1.1 " + status)
     assert calm.get("/health").json() == {"status": "ok"}
+
+
+def test_who_has_no_key_writes_nothing_into_the_log(calm: Served, caplog: pytest.LogCaptureFixture) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+    with socket.create_connection(("127.0.0.1", calm.port), timeout=10) as wire:
+        wire.sendall(head)
+        time.sleep(0.05)  # so that the head is read before the end
+    with socket.create_connection(("127.0.0.1", calm.port), timeout=10) as wire:
+        wire.sendall(head + b" " * 99)
+        assert wire.recv(100).startswith(b"HTTP/1.1 401")  # the server has seen the other one leave
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"])
+def test_a_head_that_does_not_end(engine: Scripted, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(server, "KEPT", 0.5)
+    engine.pause = 0.4
+    with serving(engine) as served, socket.create_connection(("127.0.0.1", served.port), timeout=20) as wire:
+        wire.sendall(sent)
+        assert served.post(ask("longer than a head may take")).status_code == 200
+        assert wire.recv(100) == b""
+        with httpx.Client() as kept:  # one connection: the time begins anew with each request
+            for _ in range(2):
+                time.sleep(0.3)
+                assert kept.get(served.url + "/health").status_code == 200
 
 
 def test_key_guards_models_and_metrics_but_not_health(calm: Served) -> None:

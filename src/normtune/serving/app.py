@@ -8,6 +8,7 @@ the process and its signals (`server`). Source: OpenAI's API reference; server-s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -93,7 +94,8 @@ class Guard:
         scheme, _, token = given.partition(b" ")
         if scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(), self.key):
             return await self.app(scope, receive, send)
-        await drain(Request(scope, receive).stream(), 2**20)
+        with contextlib.suppress(ClientDisconnect):
+            await drain(Request(scope, receive).stream(), 2**20)
         error = ApiError(401, "The API key is missing or wrong: send it as a Bearer token.", code="invalid_api_key")
         await error_response(error)(scope, receive, send)
 

@@ -22,6 +22,7 @@ from normtune.serving.limits import ApiError
 
 MAX_MESSAGES = 512
 MAX_TEXT = 2**20  # characters of all messages: a tokenizer's second, and beyond every context
+MAX_VALUES = 2**16  # of a document: reading and refusing millions would hold up every thread for seconds
 MAX_STOPS = 4
 IGNORED = {  # bookkeeping of OpenAI's platform: no answer depends on it
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -43,10 +44,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # parameters that are not supported, an
     **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
 }
 _TAGS = ("text", "image_url")
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive, closed or not: never looks back
 
 
 def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _said(value: Any) -> Any:
+    """Null asks for nothing; clients that send an answer back as a turn name `refusal`, `tool_calls` and so on."""
+    return {key: own for key, own in value.items() if own is not None} if isinstance(value, dict) else value
 
 
 def _list(value: Any) -> Any:
@@ -87,7 +94,7 @@ class _StreamOptions(_Strict):
 
 class _Body(_Strict):
     model: str
-    messages: list[_Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Annotated[_Message, BeforeValidator(_said)]] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -147,7 +154,8 @@ def read_request(body: bytes) -> ChatRequest:
 def read_json(body: bytes) -> Any:
     """As `json.loads`; ApiError 400 for what is no JSON, NaN and Infinity included, or nested too deeply."""
     try:
-        if body.count(b",") > MAX_TEXT:  # a list of millions would hold up every thread while it is read
+        commas = body.count(b",")
+        if commas > MAX_TEXT + MAX_VALUES or (commas > MAX_VALUES < _STRING.sub(b"", body).count(b",")):
             raise ValueError("it has too many values")
         text = body.decode("utf-8")
         found = json.loads(text, parse_constant=_no_constant)

@@ -7,6 +7,7 @@ process by the signal even after a clean shutdown.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -18,6 +19,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from normtune.errors import InputError, NormtuneError
 from normtune.progress import say
@@ -25,7 +27,8 @@ from normtune.serving.engine import Engine
 from normtune.serving.limits import DRAIN_SECONDS, ServerSettings
 
 SWITCH = 5e-4  # seconds that a thread which reads requests may keep the model's thread waiting at each operation
-KEPT = 75  # seconds of an idle connection: longer than clients keep theirs (OpenAI's 5), or a request meets its end
+KEPT = 75  # seconds of an idle connection: longer than clients keep theirs (OpenAI's 5), or a request meets its end.
+# Also of a request's head, from its first byte
 TOGETHER = 0.5  # seconds within which two signals are one
 
 
@@ -51,13 +54,43 @@ class Forced(NormtuneError):
         self.exit_code = 128 + number
 
 
+class Protocol(H11Protocol):
+    """uvicorn's, which would wait for ever for the first request of a connection and for the end of a head."""
+
+    waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._rest()
+
+    def _wait(self) -> None:
+        """Gives the head that is awaited its time, which later bytes do not prolong."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._rest()
+        elif self.waiting is None:
+            self.waiting = self.loop.call_later(KEPT, self.timeout_keep_alive_handler)
+
+    def _rest(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+            self.waiting = None
+
+
 class Server(uvicorn.Server):
     """uvicorn with signals as the commands of normtune have them. `ready` is called when requests are accepted;
     `forced` is the signal that came second, or None."""
 
     def __init__(self, app: FastAPI, settings: ServerSettings, ready: Callable[[], None] = lambda: None) -> None:
         options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
-        options |= {"http": "h11", "ws": "none", "proxy_headers": False, "timeout_keep_alive": KEPT}
+        options |= {"http": Protocol, "ws": "none", "proxy_headers": False, "timeout_keep_alive": KEPT}
         # nothing that was accepted takes longer than its time limit; the page's open event streams would never end
         patience = int(settings.timeout + 2 * DRAIN_SECONDS) + 1
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=patience, **options))
