@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import random
 import re
@@ -501,9 +502,12 @@ def test_a_mistake_of_the_engine_ends_what_runs_alone(
     assert engine.stats.finished == 3 and engine.stats.running == 0
 
 
-def test_an_owner_that_raises_is_left_alone(make: Callable[..., Engine], reference: Reference) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("Event loop is closed"), asyncio.CancelledError()])
+def test_an_owner_that_raises_is_left_alone(
+    make: Callable[..., Engine], reference: Reference, error: BaseException
+) -> None:
     def gone(piece: Piece) -> None:
-        raise RuntimeError("Event loop is closed")
+        raise error
 
     with make() as engine:
         submit(engine, Ask("One", length=300), gone)

@@ -212,7 +212,7 @@ class Engine:
         tokens = sum(job.tokens for job in before)
         try:
             self._turn(jobs)
-        except Exception as error:  # a mistake of ours: it ends what runs, and not the engine
+        except BaseException as error:  # a mistake of ours, a panic of tokenizers: it ends what runs, not the engine
             self._runner.fail(error)
             for job in jobs:
                 job.fail(error)

@@ -78,7 +78,7 @@ class Job:
                     self.end("length")
         return self.done
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         text = str(error).strip().splitlines()
         self.end("error", f"{type(error).__name__}: {text[0] if text else ''}")
 
@@ -101,5 +101,5 @@ class Job:
     def _tell(self, piece: Piece) -> None:
         try:
             self._on_piece(piece)
-        except Exception:  # whoever asked is gone (a closed event loop, say), which is nobody else's business
+        except BaseException:  # whoever asked is gone (a closed event loop, say), which is nobody else's business
             self.cancelled = True

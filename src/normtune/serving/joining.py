@@ -51,7 +51,7 @@ class Joining:
             self._take(0, tokens)
         self._sweep()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Ends all jobs; whatever state the slots are in, they are empty now."""
         for job in self.jobs:
             job.fail(error)

@@ -49,7 +49,7 @@ class Waiting:
     def step(self) -> None:
         """Nothing is left to do between batches."""
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """No job outlives `admit`."""
 
     def _try(self, group: list[Job]) -> None:
