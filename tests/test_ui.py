@@ -385,6 +385,28 @@ def test_a_body_is_no_larger_than_an_upload(address: str) -> None:
     assert httpx.post(f"{address}gradio_api/queue/join", content=chunks).status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "HERE"}, 200),
+        ({"Origin": "https://other.example", "Sec-Fetch-Site": "same-origin"}, 200),  # a proxy that changes Host
+        ({"Origin": "https://other.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "HERE", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),  # another server of this machine
+    ],
+)
+def test_pages_of_other_sites_upload_and_ask_nothing(
+    address: str, picture: Path, headers: dict[str, str], status: int
+) -> None:
+    sent = {name: address.partition("/ui")[0] if value == "HERE" else value for name, value in headers.items()}
+    for path, body in (("upload", {"files": {"files": picture.open("rb")}}), ("reset", {"json": {"event_id": "x"}})):
+        answer = httpx.post(f"{address}gradio_api/{path}", headers=sent, **body)  # type: ignore[arg-type]
+        assert answer.status_code == status, path
+    assert httpx.get(address, headers=sent).status_code == 200  # a link leads here
+
+
 def test_with_a_key_nothing_is_reached_before_it_is_given(engine: FakeEngine) -> None:
     with (
         served(engine, ServerSettings(api_key="k\N{LATIN SMALL LETTER E WITH ACUTE}y")) as url,

@@ -1,8 +1,9 @@
 """What stands around the page: no request to other hosts, and a form that asks for the server's key once.
 
 Scope: two ASGI middlewares. `OwnHost` tells browsers to ask nothing of any other host, whatever Gradio, an answer or
-a click would want; `Keyed` gives a form to whoever has not told the key, and nothing behind it, uploads included, is
-reached. Non-scope: the key of the API's requests (`app.py`). Source: Content Security Policy Level 3 (W3C).
+a click would want, and refuses what pages of other sites send; `Keyed` gives a form to whoever has not told the key, and nothing behind it, uploads included, is
+reached. Non-scope: the key of the API's requests (`app.py`). Source: Content Security Policy Level 3, Fetch Metadata
+Request Headers (W3C).
 
 The right key is exchanged for a cookie with a random token of this process, so the key itself is kept nowhere; the
 cookie is out of reach for scripts and for other sites.
@@ -17,8 +18,8 @@ import secrets
 from collections.abc import Callable
 from urllib.parse import parse_qs
 
-from starlette.datastructures import MutableHeaders
-from starlette.requests import Request
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,7 +50,8 @@ POLICY = (  # Gradio's own script needs inline and eval
 
 
 class OwnHost:
-    """`app`, whose answers forbid a browser to ask other hosts for anything.
+    """`app`, whose answers forbid a browser to ask other hosts for anything, and which does nothing for other hosts'
+    pages: a form or a script there could upload files and ask.
 
     A page holds a request open as long as it is open itself; when `ended()` such a request is told that its browser has
     gone, so that the server need not wait for people to close their tabs."""
@@ -66,6 +68,9 @@ class OwnHost:
                 headers.setdefault("x-content-type-options", "nosniff")
             await send(message)
 
+        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD") and foreign(Headers(scope=scope)):
+            return await PlainTextResponse("asked by another site's page", 403)(scope, receive, guarded)
+
         async def received() -> Message:
             while not self.ended():
                 with contextlib.suppress(TimeoutError):
@@ -74,6 +79,15 @@ class OwnHost:
 
         held_open = scope["type"] == "http" and "/heartbeat/" in scope["path"]
         await self.app(scope, received if held_open else receive, guarded)
+
+
+def foreign(headers: Headers) -> bool:
+    """Whether a browser says that a page of another site asks. Older ones, and any for plain http to another machine,
+    send the page's origin alone: a proxy before them has to pass `Host` on."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
 
 
 class Keyed:
@@ -91,7 +105,10 @@ class Keyed:
         request = Request(scope, receive)
         if hmac.compare_digest(request.cookies.get(COOKIE, "").encode(), self.token.encode()):
             return await self.app(scope, receive, send)
-        response = await self.answer(request)
+        try:
+            response = await self.answer(request)
+        except ClientDisconnect:
+            return None
         return await response(scope, receive, send)
 
     async def answer(self, request: Request) -> Response:
