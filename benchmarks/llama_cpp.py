@@ -75,6 +75,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
     base, out = folder / "base.gguf", folder / "out"
     write_llm(base, arguments.quantized)
     command = [sys.executable, "-m", "normtune", "export", arguments.run, "--format", "gguf", "--gguf", str(base)]
@@ -98,7 +99,9 @@ def compared(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[s
     """Equal answers, and the largest and mean distance of the first token's log-probabilities over their top five."""
     same, gaps = 0, []
     for own, other in zip(ours, theirs, strict=True):
-        same += own["tokens"] == other["tokens"][: len(own["tokens"])]
+        length = len(own["tokens"])
+        ends = length == TOKENS or other["tokens"][length : length + 1] in ([], own["stops"])
+        same += ends and own["tokens"] == other["tokens"][:length]
         top = other["completion_probabilities"][0]["top_logprobs"]
         gaps += [abs(row["logprob"] - own["log_probabilities"][row["id"]]) for row in top]
     return {"same": same, "log_probability_gap": {"mean": float(np.mean(gaps)), "largest": float(np.max(gaps))}}
@@ -124,7 +127,7 @@ def here(run: str, count: int) -> tuple[list[dict[str, str]], list[dict[str, Any
         with torch.no_grad():
             first = model(**inputs).logits[0, -1].log_softmax(-1)
             made = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :].tolist()
-        stops = {processor.tokenizer.convert_tokens_to_ids("<|end|>")}
+        stops = [processor.tokenizer.convert_tokens_to_ids("<|end|>")]
         made = made[: next((i for i, token in enumerate(made) if token in stops), len(made))]
         mark = model.config.image_token_id
         place = ids.index(mark)
@@ -133,7 +136,7 @@ def here(run: str, count: int) -> tuple[list[dict[str, str]], list[dict[str, Any
         image.save(raw, "PNG")
         prompt = "".join([*words[:place], IMAGE, *words[place:]])
         prompts.append({"text": prompt, "image": base64.b64encode(raw.getvalue()).decode()})
-        answers.append({"tokens": made, "log_probabilities": first.tolist()})
+        answers.append({"tokens": made, "stops": stops, "log_probabilities": first.tolist()})
     return prompts, answers
 
 
