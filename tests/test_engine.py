@@ -395,6 +395,24 @@ def test_what_is_cancelled_does_not_wait_for_a_slot(make: Callable[..., Engine])
         running.cancel()
 
 
+def test_what_is_cancelled_makes_room_while_a_batch_runs(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("normtune.serving.engine.can_join", lambda *args: False)
+    engine, first, second = make(slots=1, max_queue=1), Told(), Told()
+    with engine:
+        running = submit(engine, Ask("One", length=400), first)
+        while engine.stats.waiting:
+            time.sleep(0.001)
+        submit(engine, Ask("Two"), second).cancel()
+        submit(engine, Ask("Three", length=1), Told())
+        assert second.finish == "cancelled" and not first.done.is_set()
+        with pytest.raises(QueueFull):
+            submit(engine, Ask("Four"), Told())
+        running.cancel()
+    assert engine.stats.finished == 3
+
+
 def test_a_full_queue_and_wrong_requests(make: Callable[..., Engine], pair: Any) -> None:
     engine = make(max_queue=2, max_context=40)
     told = [Told(), Told()]

@@ -132,9 +132,9 @@ class Engine:
             waiting = list(self._queue)
             self._queue.clear()
             running = [*self._taken, *self._runner.jobs]
+            self._finished += len(waiting)
         for job in waiting:
             job.end("cancelled")
-        self._finished += len(waiting)
         for job in running:
             job.cancel()
 
@@ -160,7 +160,8 @@ class Engine:
         """Puts a prompt into the queue; from any thread.
 
         Args:
-            on_piece: called from the engine's thread with what is new; it must not block.
+            on_piece: called from the engine's thread with what is new, from another one's where what waits is
+                cancelled; it must not block.
             whole: one piece at the end, with all of the text.
 
         Raises:
@@ -176,11 +177,24 @@ class Engine:
         with self._change:
             if self._closing:
                 raise Closed("the engine is closed")
-            if len(self._queue) >= self.max_queue:
-                raise QueueFull(f"{self.max_queue} requests wait already; try again later")
-            self._queue.append(job)
-            self._change.notify()
+            gone = self._cancelled() if len(self._queue) >= self.max_queue else []  # a step may take long
+            full = len(self._queue) >= self.max_queue
+            if not full:
+                self._queue.append(job)
+                self._change.notify()
+            self._finished += len(gone)
+        for other in gone:
+            other.end("cancelled")
+        if full:
+            raise QueueFull(f"{self.max_queue} requests wait already; try again later")
         return job
+
+    def _cancelled(self) -> list[Job]:
+        """Takes those that were cancelled out of the queue; under its lock."""
+        gone = [job for job in self._queue if job.cancelled]
+        if gone:
+            self._queue = deque(job for job in self._queue if not job.cancelled)
+        return gone
 
     def stream(
         self, turns: Sequence[Turn], images: Sequence[Image.Image], adapter: str | None, sampling: Sampling
@@ -217,8 +231,9 @@ class Engine:
             for job in jobs:
                 job.fail(error)
         self._tokens += sum(job.tokens for job in before) - tokens
-        self._finished += sum(job.done for job in before)
-        self._taken = []
+        with self._change:
+            self._finished += sum(job.done for job in before)
+            self._taken = []
         return True
 
     def _next(self) -> list[Job] | None:
@@ -229,9 +244,7 @@ class Engine:
                 self._change.wait()
             if not (self._queue or running):
                 return None
-            gone = [job for job in self._queue if job.cancelled]  # they leave the queue at once, slots or none
-            if gone:
-                self._queue = deque(job for job in self._queue if not job.cancelled)
+            gone = self._cancelled()  # they leave the queue at once, slots or none
             free = min(len(self._queue), self.slots - running)
             patient = running and free < min(len(self._queue), self.slots // TOGETHER) and self._held < PATIENCE
             self._held = self._held + 1 if patient else 0
