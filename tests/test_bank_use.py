@@ -36,6 +36,11 @@ def test_gains_in_bfloat16_leave_what_nobody_tuned_as_it_is() -> None:
     assert torch.equal(mixed[2], by_row(bank, ["final"] * 4, input_ids=words())[2])
 
 
+def test_gains_are_stored_in_floating_point() -> None:
+    with pytest.raises(InputError, match="float32 or bfloat16, not in torch.int8"):
+        nt.bank(text_model("llama"), dtype=torch.int8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
 def test_gains_of_past_compositions_wait_for_no_collector(kind: str, dtype: torch.dtype) -> None:

@@ -42,7 +42,7 @@ def bank(
         dtype: that gains are stored in; bfloat16 halves the memory and rounds them.
 
     Raises:
-        InputError: as `Bank.add`; a model that holds LoRA, an active adapter, tuned gains or another bank.
+        InputError: as `Bank.add`; another dtype, a model that holds LoRA, an active adapter, tuned gains or another bank.
     """
     made = Bank(model, dtype=dtype)
     try:
@@ -58,6 +58,8 @@ class Bank:
     """Adapters of one base by name. A context manager: leaving it is `close`."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"a bank stores gains in float32 or bfloat16, not in {dtype}")
         self.model = model
         self._inner = unwrapped(model)
         refuse_model(self._inner)
