@@ -520,6 +520,24 @@ def test_a_mistake_of_the_engine_ends_what_runs_alone(
     assert engine.stats.finished == 3 and engine.stats.running == 0
 
 
+def test_tokens_are_told_once(make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes wrong once rows have joined is no reason to run their prompts again."""
+    engine, told, add, calls = make(), [Told(), Told()], Text.add, []
+
+    def broken(self: Text, token: int) -> str:
+        calls.append(token)
+        return add(self, token) if len(calls) > 1 else str(1 / 0)
+
+    monkeypatch.setattr(Text, "add", broken)
+    for number, one in enumerate(told):
+        submit(engine, Ask(f"Say {number}"), one)
+    with engine:
+        assert [one.finish for one in told] == ["error"] * 2 and len(calls) == 1
+        late = Told()
+        submit(engine, Ask("Three"), late)
+        assert late.finish in ("stop", "length")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("Event loop is closed"), asyncio.CancelledError()])
 def test_an_owner_that_raises_is_left_alone(
     make: Callable[..., Engine], reference: Reference, error: BaseException

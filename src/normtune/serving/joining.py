@@ -60,25 +60,28 @@ class Joining:
 
     def _try(self, group: Sequence[Job]) -> None:
         try:
-            self._prefill(group)
+            tokens = self._prefill(group)
         except Exception as error:
             if len(group) == 1:
                 group[0].fail(error)
             else:
                 for job in group:
                     self._try([job])
+        else:
+            self._take(len(self.jobs) - len(group), tokens)
+            self._sweep()
 
-    def _prefill(self, group: Sequence[Job]) -> None:
+    def _prefill(self, group: Sequence[Job]) -> list[int | Exception]:
+        """The first tokens of the jobs, which are the last ones now; nobody was told anything."""
         prompts = [job.prompt for job in group]
         images = self.vision.connected(self.bank, prompts)
         rows = [Row(prompt.adapter, prompt.ids, own) for prompt, own in zip(prompts, images, strict=True)]
         logits, cache = self.slots.prefill(rows)
         tokens = choose(logits, [job.sampler for job in group], self.never)
-        self.slots.join(rows, cache)  # before anybody is told anything: a group that fails here is tried again
+        self.slots.join(rows, cache)
         self.jobs += group
         self._tokens += [0] * len(group)
-        self._take(len(self.jobs) - len(group), tokens)
-        self._sweep()
+        return tokens
 
     def _step_alone(self) -> None:
         for number, job in enumerate(self.jobs):
