@@ -42,7 +42,7 @@ def bank(
         dtype: that gains are stored in; bfloat16 halves the memory and rounds them.
 
     Raises:
-        InputError: as `Bank.add`; another dtype, a model that holds LoRA, an active adapter, tuned gains or another bank.
+        InputError: as `Bank.add`; another dtype, or a model with LoRA, an active adapter, tuned gains or another bank.
     """
     made = Bank(model, dtype=dtype)
     try:
