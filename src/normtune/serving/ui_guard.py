@@ -1,9 +1,9 @@
 """What stands around the page: no request to other hosts, and a form that asks for the server's key once.
 
 Scope: two ASGI middlewares. `OwnHost` tells browsers to ask nothing of any other host, whatever Gradio, an answer or
-a click would want, and refuses what pages of other sites send; `Keyed` gives a form to whoever has not told the key, and nothing behind it, uploads included, is
-reached. Non-scope: the key of the API's requests (`app.py`). Source: Content Security Policy Level 3, Fetch Metadata
-Request Headers (W3C).
+a click would want, and refuses what pages of other sites send; `Keyed` gives a form to whoever has not told the key,
+and nothing behind it, uploads included, is reached. Non-scope: the key of the API's requests (`app.py`). Source:
+Content Security Policy Level 3, Fetch Metadata Request Headers (W3C).
 
 The right key is exchanged for a cookie with a random token of this process, so the key itself is kept nowhere; the
 cookie is out of reach for scripts and for other sites.
