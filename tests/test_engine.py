@@ -734,7 +734,7 @@ def test_numbers_that_are_not_finite_stay_in_their_row(
 
 def test_numbers_that_are_not_finite_leave_with_their_row(pair: Any) -> None:
     """A shorter row moves into the slot of one whose keys were NaN."""
-    slots, base = Slots(pair.bank, 0), pair.bank.entry(None)
+    slots, base = Slots(pair.bank, 0, 8), pair.bank.entry(None)
     with torch.inference_mode():
         for length in (30, 40, 6):
             rows = [Row(base, [5 + n % 90 for n in range(length)], [])]
@@ -746,7 +746,7 @@ def test_numbers_that_are_not_finite_leave_with_their_row(pair: Any) -> None:
 
 def test_slots_make_room_and_give_it_back(pair: Any) -> None:
     """Room follows the rows that are there: long ones that left cost nothing, and without rows there is nothing."""
-    slots, base = Slots(pair.bank, 0), pair.bank.entry(None)
+    slots, base = Slots(pair.bank, 0, 8), pair.bank.entry(None)
 
     def join(*lengths: int) -> None:
         rows = [Row(base, [5 + n % 90 for n in range(length)], []) for length in lengths]
@@ -766,7 +766,9 @@ def test_slots_make_room_and_give_it_back(pair: Any) -> None:
         assert 2 * ROOM + 10 <= room()[2] <= 3 * ROOM + 20
         join(3)
         assert room()[0] == 4 + 2
-        assert slots.leave([0, 1, 2, 3]) == [] and not slots._cache.layers
+        join(3, 3, 3)
+        assert room()[0] == 8  # no more than may be used
+        assert slots.leave(range(7)) == [] and not slots._cache.layers
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

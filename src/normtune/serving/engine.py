@@ -92,7 +92,7 @@ class Engine:
         self.joins = vision is not None and can_join(bank, pad, len(self.tokenizer))
         self._runner: Joining | Waiting
         if vision is not None and self.joins:
-            self._runner = Joining(bank, vision, pad, stops, never)
+            self._runner = Joining(bank, vision, pad, self.slots, stops, never)
         else:
             self._runner = Waiting(bank, self.prompts, pad, stops, never)
         self._queue: deque[Job] = deque()

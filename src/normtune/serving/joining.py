@@ -22,9 +22,11 @@ PADDING = 64  # a prompt that much longer than another, and more than twice as l
 class Joining:
     """Runs jobs of the models of a bank, each in a slot. Every method is for the one thread that owns the model."""
 
-    def __init__(self, bank: Bank, vision: Vision, pad: int, stops: Collection[int], never: torch.Tensor) -> None:
+    def __init__(
+        self, bank: Bank, vision: Vision, pad: int, slots: int, stops: Collection[int], never: torch.Tensor
+    ) -> None:
         self.bank, self.vision, self.stops, self.never = bank, vision, stops, never
-        self.slots = Slots(bank, pad)
+        self.slots = Slots(bank, pad, slots)
         self.jobs: list[Job] = []
         self._tokens: list[int] = []  # the newest of each row
 
@@ -56,7 +58,7 @@ class Joining:
         for job in self.jobs:
             job.fail(error)
         self.jobs, self._tokens = [], []
-        self.slots = Slots(self.bank, self.slots.pad)
+        self.slots = Slots(self.bank, self.slots.pad, self.slots.most)
 
     def _try(self, group: Sequence[Job]) -> None:
         try:

@@ -66,10 +66,10 @@ class Layer(DynamicLayer):
 
 
 class Slots:
-    """Rows of a model that decode together. `entries` and `lengths` say what is in each row."""
+    """Rows of a model that decode together, `most` at a time. `entries` and `lengths` say what is in each row."""
 
-    def __init__(self, bank: Bank, pad: int) -> None:
-        self.bank, self.pad = bank, pad
+    def __init__(self, bank: Bank, pad: int, most: int) -> None:
+        self.bank, self.pad, self.most = bank, pad, most
         self.model: Any = bank.model
         self.device = device_of(bank)
         self.entries: list[Entry] = []
@@ -170,7 +170,7 @@ class Slots:
         if rows <= have[0] and not wide:
             return
         columns = width + max(ROOM, width // 4) if wide else have[2]
-        slots = max(rows, min(2 * have[0], 2 * rows)) if rows > have[0] else have[0]
+        slots = max(rows, min(2 * have[0], 2 * rows, self.most)) if rows > have[0] else have[0]
         made: list[Any] = []
         for number, layer in enumerate(like.layers):
             mine = Layer(self._where)
@@ -212,7 +212,7 @@ def can_join(bank: Bank, pad: int, tokens: int) -> bool:
 
 
 def _joins(bank: Bank, pad: int, tokens: int) -> bool:
-    base, model, slots = bank.entry(None), bank.model, Slots(bank, pad)
+    base, model, slots = bank.entry(None), bank.model, Slots(bank, pad, 3)
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(0, tokens, (n,), generator=generator).tolist() for n in (7, 23, 12)]
     starts = [len(text) - 4 for text in texts]
