@@ -23,7 +23,7 @@ from models import tiny_mllm
 from normtune.adapter import Adapter, load_adapter, save_adapter, weighted_sum
 from normtune.chat import Turn
 from normtune.errors import InputError
-from normtune.evaluation import answer
+from normtune.evaluation import answer, identity
 from normtune.exporting import apply_to_gguf, export_delta, model_card, read_evaluations, write_mmproj
 from normtune.exporting.gguf_base import MARK
 from normtune.model import load
@@ -63,6 +63,9 @@ def test_transformers_folder(
     """Everything that a stock folder needs is there, and transformers alone gives our logits."""
     monkeypatch.chdir(tmp_path)
     model = write_adapter(mllm, tmp_path / "adapter", gate="image")
+    Path("evaluations/adapter").mkdir(parents=True)  # where `normtune evaluate adapter` writes
+    about = identity("adapter", None, {}, Path("adapter"))
+    Path("evaluations/adapter/a.json").write_text(json.dumps({"model": about, "scores": {"pope": {"score": 0.75}}}))
     assert run("export", "adapter", "--out", "out", "--json") == 0
     written = document(capsys.readouterr().out)
     needed = {"config.json", "generation_config.json", "chat_template.jinja", "model.safetensors", "README.md"}
@@ -74,6 +77,7 @@ def test_transformers_folder(
     ids = torch.tensor([[5, *[image_id] * 16, 6, 7], [8, *[image_id] * 16, 9, 10]])
     with torch.no_grad():
         assert torch.equal(alone(input_ids=ids, pixel_values=pixels).logits, model(ids, pixel_values=pixels).logits)
+    assert "| pope | 0.750 |" in Path("out/README.md").read_text()
     code = Path("out/README.md").read_text().split("```python\n")[1].split("```")[0].replace("FOLDER", "out")
     Image.new("RGB", (32, 32), (200, 30, 30)).save("image.jpg")
     exec(code, {})  # as a reader would
@@ -98,7 +102,10 @@ def test_card_states_recipe_scores_and_no_path(tmp_path: Path) -> None:
     odd = {"mme": 0.5, "vqav2": {"score": 0.25, "intervals": {"score": [None, None]}, "n": 3}}
     (tmp_path / "evaluations/odd.json").write_text(json.dumps({"scores": odd}))
     record = {"strategy": "layernorm-simple", "parts": ["norms", "final_norm"], "parameters": 1000}
-    scores = read_evaluations(tmp_path)
+    other = {"model": {"adapter": {"files": {"adapter.safetensors": "1"}}}, "scores": {"okvqa": result["pope"]}}
+    (tmp_path / "evaluations/other.json").write_text(json.dumps(other))  # of the adapter that was there before
+    scores = read_evaluations(tmp_path / "evaluations", {"adapter.safetensors": "2"})
+    assert "other" not in [one["name"] for one in scores]
     card = model_card("see", recipe.model, record, recipe, Survival(9, 0.97, 0.95), 2_000_000, "bfloat16", scores)
     _, front, text = card.split("---\n", 2)
     facts = yaml.safe_load(front)

@@ -146,7 +146,7 @@ def write_merged(run: str, out: Path, dtype: Dtype | None, force: bool) -> tuple
 
 def card_of(run: str, tuned: Tuned, survival: Survival, dtype: str) -> str:
     """The model card of a merged model, with the scores of its run."""
-    from normtune.exporting import model_card, read_evaluations
+    from normtune.exporting import model_card
     from normtune.recipe import ModelRecipe
 
     folder, record = Path(run), tuned.record or {}
@@ -156,9 +156,24 @@ def card_of(run: str, tuned: Tuned, survival: Survival, dtype: str) -> str:
     total = sum(parameter.numel() for parameter in tuned.model.parameters())
     own = (folder.parent if home else folder).resolve().name
     title = tuned.recipe.name if tuned.recipe else own
-    return model_card(
-        title, model, record, tuned.recipe, survival, total, dtype, read_evaluations(home) if home else ()
-    )
+    return model_card(title, model, record, tuned.recipe, survival, total, dtype, results_of(folder, tuned))
+
+
+def results_of(folder: Path, tuned: Tuned) -> list[dict[str, Any]]:
+    """Results of this very adapter, from where `normtune evaluate` writes them."""
+    from normtune.evaluation import identity
+    from normtune.exporting import read_evaluations
+
+    if tuned.record is None:
+        return []
+    adapter = folder / "adapter" if tuned.recipe else folder
+    files = identity("", None, {}, adapter)["adapter"]["files"]
+    if tuned.recipe or (folder.parent / "recipe.yaml").is_file():
+        home = adapter.parent / "evaluations"
+        places = [home, home / adapter.name] if adapter.name == "adapter" else [home / adapter.name]
+    else:
+        places = [Path("evaluations") / folder.resolve().name]
+    return [result for place in places for result in read_evaluations(place, files)]
 
 
 def write_gguf(

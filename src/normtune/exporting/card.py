@@ -79,15 +79,24 @@ def model_card(
     return "\n\n".join(blocks) + "\n"
 
 
-def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The results in a run's `evaluations`, by name; files of other kinds are left out."""
+def read_evaluations(folder: Path, files: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """The results in a folder, by name; files of other kinds are left out, and so are results of another adapter.
+
+    Args:
+        files: SHA-256 of the adapter's files by their names, as a result states them; None: of any.
+    """
     found = []
-    for path in sorted((run / "evaluations").glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         try:
             document = read_json(path, "result")
         except InputError:
             continue
-        if isinstance(document, dict) and isinstance(document.get("scores"), dict):
+        if not (isinstance(document, dict) and isinstance(document.get("scores"), dict)):
+            continue
+        stated: Any = document
+        for key in ("model", "adapter", "files"):
+            stated = stated.get(key) if isinstance(stated, Mapping) else None
+        if files is None or stated is None or stated == files:
             found.append({"name": path.stem, **document})
     return found
 
