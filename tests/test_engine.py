@@ -278,9 +278,11 @@ def test_draws_have_the_probabilities_of_the_logits() -> None:
 
 def test_what_stands_for_an_image_is_never_chosen() -> None:
     nan, free = float("nan"), Sampling(temperature=1.0, seed=0)
-    logits = torch.tensor([[0.0, 9.0, 1.0], [0.0, nan, 0.0], [nan, 0.0, 0.0]])
-    tokens = choose(logits, [None, Sampler(free), Sampler(free)], torch.tensor([1]))
-    assert tokens[0] == 2 and tokens[1] in (0, 2) and isinstance(tokens[2], RuntimeError)
+    logits = torch.tensor([[0.0, 9.0, 1.0], [0.0, nan, 0.0], [nan, 0.0, 0.0], [0.0, 0.0, nan]])
+    tokens = choose(logits, [None, Sampler(free), Sampler(free), None], torch.tensor([1]))
+    assert tokens[0] == 2 and tokens[1] in (0, 2) and all(isinstance(token, RuntimeError) for token in tokens[2:])
+    hot = Sampler(Sampling(temperature=1e308, seed=0))
+    assert set(choose(torch.zeros(40, 3), [hot] * 40, torch.tensor([1]))) == {0, 2}
 
 
 def metaspace() -> PreTrainedTokenizerFast:
@@ -712,7 +714,7 @@ def test_a_batch_that_waits_survives_a_forward_that_raises(tmp_path: Path, monke
 def test_numbers_that_are_not_finite_stay_in_their_row(
     pair: Any, make: Callable[..., Engine], reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row whose keys are NaN leaves, and another one takes its slot."""
+    """A row whose keys are NaN ends with an error, and others get their answers."""
     engine = make(slots=2)
     slots: Any = engine._runner.slots  # type: ignore[union-attr]
     real = slots.join
@@ -724,12 +726,11 @@ def test_numbers_that_are_not_finite_stay_in_their_row(
 
     with engine:
         monkeypatch.setattr(slots, "join", poisoned)
-        asked(engine, Ask("One", length=6))
-        keep = Told()
-        submit(engine, Ask("Two", length=30), keep)
+        one = Told()
+        submit(engine, Ask("One", length=6), one)
+        assert one.finish == "error" and "not finite" in str(one.pieces[-1].error)
         monkeypatch.setattr(slots, "join", real)
         assert asked(engine, Ask("Three", 2, "whole")).strip() == reference(Ask("Three", 2, "whole"))
-        keep.text()
 
 
 def test_numbers_that_are_not_finite_leave_with_their_row(pair: Any) -> None:
@@ -742,6 +743,11 @@ def test_numbers_that_are_not_finite_leave_with_their_row(pair: Any) -> None:
         for layer in slots._cache.layers:
             layer.values[0] = float("nan")  # type: ignore[index]
         assert slots.leave([0]) == [2, 1] and slots.step([1, 1]).isfinite().all()
+        for layer in slots._cache.layers:
+            layer.values[0] = float("nan")  # type: ignore[index]
+        assert slots.leave([0]) == [1]
+        slots.join(rows, slots.prefill(rows)[1])
+        assert slots.step([1, 1]).isfinite().all()
 
 
 def test_slots_make_room_and_give_it_back(pair: Any) -> None:

@@ -17,6 +17,8 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from normtune.errors import InputError
 
+HOT = 1e30  # all tokens are alike; larger numbers are infinite in fp32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -69,7 +71,8 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler | None], never: torc
 
     Changes `logits`."""
     logits.index_fill_(1, never, -math.inf)
-    tokens: list[int | Exception] = logits.argmax(dim=-1).tolist()
+    best = logits.argmax(dim=-1, keepdim=True)
+    tokens: list[int] = best.where(logits.gather(1, best).isfinite(), -1)[:, 0].tolist()
     alike: dict[tuple[float, float], list[tuple[int, Sampler]]] = {}
     for row, sampler in enumerate(samplers):
         if sampler is not None:
@@ -78,14 +81,14 @@ def choose(logits: torch.Tensor, samplers: Sequence[Sampler | None], never: torc
         rows = [row for row, _ in group]
         found = draw(logits[rows].float(), [sampler.uniform() for _, sampler in group], temperature, top_p)
         for row, token in zip(rows, found, strict=True):
-            tokens[row] = token if token >= 0 else RuntimeError("the model's logits are not finite")
-    return tokens
+            tokens[row] = token
+    return [token if token >= 0 else RuntimeError("the model's logits are not finite") for token in tokens]
 
 
 def draw(logits: torch.Tensor, uniform: Sequence[float], temperature: float, top_p: float) -> list[int]:
     """Tokens of rows [B, V], by where a uniform number each falls among the sums of their probabilities; -1 for a row
     whose logits are not finite."""
-    process = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    process = LogitsProcessorList([TemperatureLogitsWarper(min(float(temperature), HOT))])
     if top_p < 1:
         process.append(TopPLogitsWarper(top_p))
     ids = torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
