@@ -146,6 +146,14 @@ def test_a_model_in_a_bank_is_the_bank_s(what: str, tmp_path: Path) -> None:
     TAKEN[what](model, folder)
 
 
+def test_a_batch_of_more_rows_than_adapters_is_refused_without_embedding_and_head_too() -> None:
+    model: Any = text_model("llama")
+    bank = nt.bank(model, {"a": adapter(model, 1), "b": adapter(model, 2)})
+    embedded = model.get_input_embeddings()(words())
+    with pytest.raises(InputError, match="4 rows where 2"), bank.rows([bank.entry("a"), bank.entry("b")]):
+        model.model(inputs_embeds=embedded)
+
+
 def test_settings_of_generate_hold_in_a_bank() -> None:
     """`generation_config` may ask for beams, which a bank refuses, and suppress tokens beside the image's."""
     model = llava()

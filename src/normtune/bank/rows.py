@@ -63,7 +63,8 @@ def banked(
     if kind == "connector":
         return forward(current.images, *args, **kwargs)
     if given.shape[0] != selection.size:
-        if kind == "norm" and given.shape[0] % selection.size == 0:  # some mixers give a norm of heads [B S heads, H]
+        flat = kind == "norm" and given.dim() == 2  # some mixers give a norm of heads [B S heads, H]
+        if flat and given.shape[0] % selection.size == 0:
             return by_batch(selection, name, module, before, args, kwargs)
         raise InputError(
             f"{name} is given {given.shape[0]} rows where {selection.size} have an adapter; "
