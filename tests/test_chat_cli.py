@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -186,3 +187,11 @@ def test_the_model_is_put_on_the_device(terminal: Terminal, runs: Path, monkeypa
     monkeypatch.undo()
     terminal(str(runs / "gains"), "Hello", "--device", "moon", code=2)
     assert "moon" in terminal.err
+
+
+def test_lines_from_a_pipe(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of them is no UTF-8."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff\nHello\n"), "utf-8"))
+    assert run("chat", str(runs / "gains"), "--max-new-tokens", "8") == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1 and "surrogate" in err and err.count("tokens/s") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
@@ -57,6 +58,8 @@ def chat(
 def talk(conversation: Conversation) -> None:
     """Reads lines until /quit or their end."""
     prompt = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line with a wrong byte is refused, and ends nothing
     if prompt:
         print(HELP, file=sys.stderr)
     while (line := read_line(prompt)) is not None:
