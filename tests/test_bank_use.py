@@ -154,6 +154,18 @@ def test_a_batch_of_more_rows_than_adapters_is_refused_without_embedding_and_hea
         model.model(inputs_embeds=embedded)
 
 
+def test_a_copy_of_a_model_in_a_bank_is_free() -> None:
+    model = text_model("llama")
+    made = adapter(model, 1)
+    bank = nt.bank(model, {"a": made})
+    wanted = by_row(bank, ["a", None], input_ids=words(2))
+    copied = copy.deepcopy(model)
+    assert torch.equal(by_row(nt.bank(copied, {"a": made}), ["a", None], input_ids=words(2)), wanted)
+    assert torch.equal(by_row(bank, ["a", None], input_ids=words(2)), wanted)
+    with pytest.raises(InputError, match="has a bank already"):
+        nt.bank(model)
+
+
 def test_settings_of_generate_hold_in_a_bank() -> None:
     """`generation_config` may ask for beams, which a bank refuses, and suppress tokens beside the image's."""
     model = llava()

@@ -24,7 +24,7 @@ from normtune.bank.entries import Entry, Layout, base_entry, entry_of, layout_of
 from normtune.bank.rows import Banked, Current, Selection, banked
 from normtune.bank.ways import Way, way_of
 from normtune.errors import InputError, did_you_mean
-from normtune.kernels.replacing import Replaced, is_plain, put_back, replace
+from normtune.kernels.replacing import Replaced, is_held, is_plain, put_back, replace
 from normtune.layers import unwrapped
 from normtune.strategy import is_offloaded, tuning
 from normtune.structure.norms import key_of
@@ -62,6 +62,9 @@ class Bank:
             raise InputError(f"a bank stores gains in float32 or bfloat16, not in {dtype}")
         self.model = model
         self._inner = unwrapped(model)
+        if not is_held(self._inner):  # a deep copy of a bank's model brought idle forwards along
+            for module in self._inner.modules():
+                put_back(module, Banked)
         refuse_model(self._inner)
         self._anatomy = tuning(self._inner).anatomy
         self._layout: Layout = layout_of(self._inner, self._anatomy)
