@@ -169,15 +169,15 @@ def measure(runs: dict[str, Path], jobs: Sequence[Asked], options: Any, words: l
         outcomes = asyncio.run(load(url, jobs, options.clients, memory, process.pid))
         seconds = time.perf_counter() - began
         metrics = httpx.get(f"{url}/metrics", trust_env=False).text
-    different = [job for job, outcome in zip(jobs, outcomes, strict=True) if outcome.text.strip() != job.answer]
-    answered = [outcome for outcome in outcomes if outcome.status == 200]
-    times = sorted(outcome.seconds for outcome in answered)
+    answered = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.status == 200]
+    different = [job for job, outcome in answered if outcome.text.strip() != job.answer]
+    times = sorted(outcome.seconds for _, outcome in answered)
     ties = [job for job in different if job.margin < 1e-4]
     return {
         "requests": len(jobs),
         "lost": len(jobs) - len(answered),
         "reasons": dict(Counter(f"{o.status} {o.text[:200]}" for o in outcomes if o.status != 200)),
-        "wrong": len(different) - len(ties) - (len(jobs) - len(answered)),
+        "wrong": len(different) - len(ties),
         "ties_that_differ": len(ties),
         "with_image": sum(job.image is not None for job in jobs),
         "seconds": round(seconds, 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -488,6 +490,27 @@ def test_conversations_are_bounded_and_forgotten_oldest_first() -> None:
     assert tabs.of("b").pictures == []  # the one unused for longest of more than three
     tabs.forget("c")
     assert tabs.of("c").pictures == []
+
+
+def test_an_answer_with_an_images_marker_ends_no_conversation() -> None:
+    from normtune.serving import Sampling
+    from normtune.serving.ui_conversations import Conversation, ask
+
+    class Says(FakeEngine):
+        def submit(self, prompt: Any, sampling: Any, on_piece: Callable[[Piece], None]) -> Any:
+            on_piece(Piece("the tag <image>", 3, "stop"))
+            return SimpleNamespace(cancel=lambda: None)
+
+    async def twice() -> list[str]:
+        said = Conversation()
+        for _ in range(2):
+            asked = ask(Says(), said, "which?", [], [None], Sampling(5), ServerSettings())  # type: ignore[arg-type]
+            shown = [each[0].text async for each in asked]
+        return [*(turn.text for turn in said.sides[0].turns), shown[-1]]
+
+    with ThreadPoolExecutor(1) as thread:  # this one may have the browser's event loop
+        texts = thread.submit(asyncio.run, twice()).result()
+    assert texts == [*["which?", "the tag < image >"] * 2, "the tag <image>"]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

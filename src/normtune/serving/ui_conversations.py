@@ -249,7 +249,8 @@ def _give_up(answers: Sequence[Answer], why: str) -> None:
 
 
 def _remember(conversation: Conversation, answer: Answer) -> None:
-    text = answer.text.strip()  # as `evaluation.answer` does
+    # stripped as `evaluation.answer` does; an image's marker would be refused with each question that follows
+    text = answer.text.strip().replace(PLACEHOLDER, "< image >")
     if text and answer.finish in ("stop", "length", "cancelled"):
         side = conversation.sides[answer.side]
         side.turns = [*answer.turns, Turn("assistant", text)]
