@@ -364,7 +364,11 @@ def test_bodies_are_counted_together() -> None:
             read(*arguments, **more)
         assert caught.value.status == status
 
-    with load.request() as first, load.request() as second:
+    with load.request() as first, load.request() as second, load.request() as third:
+        first.begin()
+        second.begin()
+        with pytest.raises(ApiError, match="busy"):
+            third.begin()
         with pytest.raises(ApiError, match="busy"), load.request():
             pass
         assert len(read(first, 60, 40)) == 100 and load.bytes == 100
@@ -606,6 +610,7 @@ def test_an_upload_that_never_ends(engine: Scripted) -> None:
         head = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: 100"
         with socket.create_connection(("127.0.0.1", served.port), timeout=10) as wire:
             wire.sendall(f'POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n{{"model":'.encode())
+            assert served.post(ask("meanwhile")).status_code == 200  # it takes nobody's place
             assert wire.recv(1000).startswith(b"HTTP/1.1 408")
         assert served.post(ask("next")).status_code == 200
 

@@ -139,6 +139,7 @@ class Completions:
                 raise ApiError(415, "Send the request as JSON, with Content-Type: application/json.")
             with self.load.request() as held:
                 body = await read_body(chunks, request.headers.get("content-length"), most, held)
+                held.begin()
                 exchange.read = True
                 work = self._answer(exchange, body, held, began)
                 del body  # the work has it, and lets go of it

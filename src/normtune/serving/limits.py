@@ -24,7 +24,7 @@ class ServerSettings:
     base_name: str = "base"
     api_key: str | None = None
     timeout: float = 120.0
-    max_requests: int = 272  # at once: read, prepared, queued or answered
+    max_requests: int = 272  # at once: prepared, queued or answered
     max_body: int = 20 * 2**20  # bytes
     max_bodies: int = 256 * 2**20  # bytes of all bodies and fetched images at once
     max_images: int = 8
@@ -66,7 +66,7 @@ def printable(text: str) -> str:
 
 
 class Load:
-    """Requests under way and bytes held for them. For one thread, the event loop's."""
+    """Requests whose body is there, and bytes held for all. For one thread, the event loop's."""
 
     def __init__(self, settings: ServerSettings) -> None:
         self.settings = settings
@@ -74,23 +74,30 @@ class Load:
 
     @contextlib.contextmanager
     def request(self) -> Iterator[Held]:
-        """One of `max_requests` places. Raises ApiError 429 where none is free."""
+        """A request that comes; `Held.begin` gives it one of `max_requests` places: bodies that are sent slowly
+        take none. Raises ApiError 429 where none is free now."""
         if self.requests >= self.settings.max_requests:
             raise busy()
-        self.requests += 1
         held = Held(self)
         try:
             yield held
         finally:
-            self.requests -= 1
+            self.requests -= held.begun
             held.drop()
 
 
 class Held:
-    """The bytes of one request, counted among those of all."""
+    """The bytes of one request, counted among those of all, and its place once it has `begun`."""
 
     def __init__(self, load: Load) -> None:
-        self.load, self.bytes = load, 0
+        self.load, self.bytes, self.begun = load, 0, False
+
+    def begin(self) -> None:
+        """Raises ApiError 429 where no place is free."""
+        if self.load.requests >= self.load.settings.max_requests:
+            raise busy()
+        self.load.requests += 1
+        self.begun = True
 
     def take(self, count: int) -> None:
         """Raises ApiError 429 where all requests together would hold too many."""
