@@ -178,6 +178,20 @@ def test_what_goes_wrong_ends_no_conversation(terminal: Terminal, runs: Path, mo
     assert len([line for line in out if line]) == 1
 
 
+def test_an_image_marker_in_an_answer_is_text(terminal: Terminal, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normtune.serving import Engine, Piece
+
+    stream = Engine.stream
+
+    def marked(self: Engine, turns: Sequence[Turn], *rest: Any) -> Iterator[Any]:
+        said = (Piece(text, 1, finish, None) for text, finish in (("an <image>", None), (".", "stop")))
+        return said if len(turns) == 1 else stream(self, turns, *rest)
+
+    monkeypatch.setattr(Engine, "stream", marked)
+    out = terminal(str(runs / "gains"), lines=["Hello", "And now?"])
+    assert out[0] == "an <image>." and len(out) == 2 and "image" not in terminal.err
+
+
 def test_the_model_is_put_on_the_device(terminal: Terminal, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     placed: list[str] = []
     monkeypatch.setattr("normtune.tuned.place", lambda model, device: placed.append(device))

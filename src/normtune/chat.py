@@ -29,6 +29,11 @@ _MARK = "zqxjv"
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError)
 
 
+def unmarked(text: str) -> str:
+    """`text` without PLACEHOLDER: in what users and models write it means no image."""
+    return text.replace(PLACEHOLDER, "< image >")
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message. `role` is system, user or assistant; "<image>" in a user's text marks an image's place."""

@@ -34,6 +34,12 @@ class Lora:
     tensors: dict[str, torch.Tensor]
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter of a run's folder; any other path is the adapter's own."""
+    folder = Path(path)
+    return folder / "adapter" if (folder / "recipe.yaml").is_file() else folder
+
+
 def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors (the base's under `base.`) and the record of an adapter folder.
 

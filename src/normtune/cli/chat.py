@@ -131,7 +131,7 @@ def opened(path: str, named: dict[str, str], device: str = "auto") -> Iterator[t
     """An engine for the base at `path`, its own adapter and the named ones, and who answers first: the run's own
     adapter, else the first that is named, else the base."""
     import normtune
-    from normtune.cli.serve import adapter_folder
+    from normtune.adapter import adapter_folder
     from normtune.errors import InputError
     from normtune.progress import say
     from normtune.serving import Engine, open_alone, open_base
@@ -163,10 +163,10 @@ class Conversation:
 
     def ask(self, text: str) -> None:
         """Prints the answer to `text` as it comes; both join the conversation. Ctrl-C ends the answer alone."""
-        from normtune.chat import Turn
+        from normtune.chat import Turn, unmarked
         from normtune.errors import JobError
 
-        text = text.replace("<image>", "< image >")  # the marker is not for users to write
+        text = unmarked(text)
         first = not self.turns
         self.turns.append(Turn("user", f"<image>\n{text}" if first and self.image is not None else text))
         images = [self.image] if self.image is not None else []
@@ -186,4 +186,4 @@ class Conversation:
             pass
         seconds = time.perf_counter() - started
         print(f"[{tokens} tokens, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
-        self.turns.append(Turn("assistant", reply.strip()))
+        self.turns.append(Turn("assistant", unmarked(reply.strip())))

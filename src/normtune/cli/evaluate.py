@@ -89,12 +89,12 @@ def evaluate(
 
 def about(model: str, tuned: Tuned) -> dict[str, Any]:
     """The identity of run, adapter or model for the record."""
+    from normtune.adapter import adapter_folder
     from normtune.evaluation import identity
     from normtune.recipe import recipe_hash
 
-    folder = Path(model) / "adapter" if tuned.recipe else Path(model)
     recipe = recipe_hash(tuned.recipe) if tuned.recipe else None
-    return identity(model, recipe, tuned.record, folder if tuned.record else None)
+    return identity(model, recipe, tuned.record, adapter_folder(model) if tuned.record else None)
 
 
 def target_of(out: Path | None, model: str, settings: Settings) -> Path:

@@ -65,6 +65,8 @@ def merge(
     folders = write_all(made, out, single=not interpolate)
     found = {}
     if asked is not None:
+        from normtune.adapter import adapter_folder
+
         adapters = {**{run: adapter_folder(run) for run in runs}, **folders}
         found = score(runs[0], adapters, *asked, limit, force)
     note = rest_note(list(sources.values()), list(made.values()))
@@ -87,14 +89,9 @@ def refuse_idle(
 
 
 def read(run: str) -> Adapter:
-    from normtune.adapter import Adapter
+    from normtune.adapter import Adapter, adapter_folder
 
     return Adapter.read(adapter_folder(run))
-
-
-def adapter_folder(run: str) -> Path:
-    folder = Path(run)
-    return folder / "adapter" if (folder / "recipe.yaml").is_file() else folder
 
 
 def numbers(text: str, what: str) -> list[float]:

@@ -46,7 +46,8 @@ def serve(
     for extra in ("fastapi", "uvicorn", "prometheus_client", *(("gradio",) if ui else ())):
         need(extra, "ui" if extra == "gradio" else "serve")
     named = named_folders(adapter or [], base_name)
-    if api_key is not None and not api_key.strip():
+    api_key = api_key and api_key.strip()  # a file's line break, or a blank, is no part of it
+    if api_key == "":
         raise InputError("the API key is empty; give one, or leave --api-key and NORMTUNE_API_KEY out")
 
     from normtune.cli.output import quiet_libraries
@@ -108,6 +109,7 @@ def named_folders(given: Sequence[str], base_name: str) -> dict[str, str]:
 def open_bank(base: str, named: dict[str, str], base_name: str, device: str) -> tuple[Bank, Any]:
     """The base with its own adapter, if it has one, and the named ones; its processor; says what they take."""
     import normtune
+    from normtune.adapter import adapter_folder
     from normtune.bank.planning import planned
     from normtune.progress import say
     from normtune.serving import open_base
@@ -124,9 +126,3 @@ def open_bank(base: str, named: dict[str, str], base_name: str, device: str) -> 
     if adapters:
         say(f"{planned(tuned.model, len(adapters))}; these take {bank.bytes / 1e6:.3g} MB")
     return bank, tuned.processor
-
-
-def adapter_folder(text: str) -> Path:
-    """The adapter in a run's folder, or the folder itself."""
-    folder = Path(text)
-    return folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder

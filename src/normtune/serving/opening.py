@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normtune.adapter import load_adapter, remove_adapter
+from normtune.adapter import adapter_folder, load_adapter, remove_adapter
 from normtune.bank import Bank, Entry, Selection
 from normtune.errors import InputError
 from normtune.layers import unwrapped
@@ -31,11 +31,11 @@ def open_base(
 
     The list has one entry for a run or an adapter, named after the run's folder, and none for a model.
     `force` and `dtype` as in `open_tuned`, whose InputError it raises, also where the adapter is of another base."""
-    tuned, folder = open_tuned(path, force=force, dtype=dtype), Path(path)
+    tuned = open_tuned(path, force=force, dtype=dtype)
     if tuned.record is None:
         return tuned, []
     remove_adapter(tuned.model)  # bit by bit the base again; opened whole, so that what does not fit is refused here
-    adapter = folder / "adapter" if (folder / "recipe.yaml").is_file() else folder
+    adapter = adapter_folder(path)
     named = adapter.resolve()
     return tuned, [(named.parent.name if named.name == "adapter" else named.name, adapter)]
 

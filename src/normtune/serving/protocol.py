@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from normtune.chat import PLACEHOLDER, Turn
+from normtune.chat import PLACEHOLDER, Turn, unmarked
 from normtune.errors import did_you_mean
 from normtune.serving.limits import ApiError
 
@@ -232,7 +232,7 @@ def _turns(messages: list[_Message]) -> tuple[tuple[Turn, ...], tuple[ImageRef, 
         for place, part in enumerate(message.content):
             param = f"messages[{number}].content[{place}]"
             if part.type == "text":
-                texts.append(part.text.replace(PLACEHOLDER, "< image >"))  # the marker is not for users to write
+                texts.append(unmarked(part.text))
                 continue
             if message.role != "user":
                 raise ApiError(400, "Only a user's message may have images.", param)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normtune.chat import PLACEHOLDER, Turn
+from normtune.chat import PLACEHOLDER, Turn, unmarked
 from normtune.errors import InputError
 from normtune.images import opened, to_rgb, upright
 
@@ -189,7 +189,7 @@ async def ask(
     def prepare(number: int, adapter: str | None, images: list[Image]) -> tuple[Answer, Prompt]:
         side = conversation.sides[number]
         marks = f"{PLACEHOLDER}\n" * (len(known) - side.seen)
-        turns = [*side.turns, Turn("user", marks + text.replace(PLACEHOLDER, "< image >"))]
+        turns = [*side.turns, Turn("user", marks + unmarked(text))]
         return Answer(number, adapter, turns), engine.prepare(turns, images, adapter)
 
     def prepare_all() -> list[tuple[Answer, Prompt]]:
@@ -250,7 +250,7 @@ def _give_up(answers: Sequence[Answer], why: str) -> None:
 
 def _remember(conversation: Conversation, answer: Answer) -> None:
     # stripped as `evaluation.answer` does; an image's marker would be refused with each question that follows
-    text = answer.text.strip().replace(PLACEHOLDER, "< image >")
+    text = unmarked(answer.text.strip())
     if text and answer.finish in ("stop", "length", "cancelled"):
         side = conversation.sides[answer.side]
         side.turns = [*answer.turns, Turn("assistant", text)]
