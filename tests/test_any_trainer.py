@@ -18,6 +18,8 @@ import normtune as nt
 import zoo
 from models import tiny_llm
 
+pytestmark = pytest.mark.heavy
+
 PAGE = (Path(__file__).parents[1] / "docs" / "any_trainer.md").read_text()
 TRAINER, TRL, PLAIN = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 BF16, F32 = torch.bfloat16, torch.float32

@@ -87,7 +87,8 @@ def test_files_and_functions_stay_small(path: Path) -> None:
             assert length <= 75, f"{node.name} has {length} lines"
 
 
-@pytest.mark.parametrize("module", [pytest.param("strategy", marks=pytest.mark.heavy), "memory"])
+@pytest.mark.heavy
+@pytest.mark.parametrize("module", ["strategy", "memory"])
 def test_core_needs_no_pydantic(module: str) -> None:
     code = f"import sys, normtune.{module}; assert 'pydantic' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -27,6 +27,8 @@ from normtune.training import loop as stage_loop
 from runs import Tensors, adapter, assert_same, checkpoints, lines, steps
 from toys import toy_data, toy_recipe
 
+pytestmark = pytest.mark.heavy
+
 Change = Callable[[Path], None]
 NAMES = [(name, number) for name in ("align", "instruct") for number in range(1, 7)]
 

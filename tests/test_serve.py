@@ -329,6 +329,7 @@ def test_who_has_no_key_writes_nothing_into_the_log(calm: Served, caplog: pytest
     assert not caplog.records
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"])
 def test_a_head_that_does_not_end(engine: Scripted, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     monkeypatch.setattr(server, "KEPT", 0.5)

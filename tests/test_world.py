@@ -20,6 +20,8 @@ from normtune.recipe import Recipe, load_recipe
 from normtune.tasks import TASKS
 from normtune.world import build, files, scenes, text, vision
 
+pytestmark = pytest.mark.heavy
+
 SMALL = {"train": files.Train(6, 6), "evaluation": files.Evaluation(3, 2, 3, 12, 3, 5), "dev": files.Evaluation(2, 2)}
 ASSETS = Path(world.__file__).parent / "assets"
 
