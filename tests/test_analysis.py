@@ -402,7 +402,7 @@ def test_gradients_of_all_runs_compare(documents: dict[str, dict[str, Any]]) -> 
     assert len(set(ends)) == 3
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_lora_keeps_its_values_for_the_end(runs: dict[str, Path]) -> None:
     """The gradient of matrices A is zero where B is: it is not at the end, and equals autograd's there."""
     tuned = open_tuned(runs["lora"])
@@ -416,7 +416,7 @@ def test_lora_keeps_its_values_for_the_end(runs: dict[str, Path]) -> None:
     assert figures([spread for name, spread in spreads.items() if "lora_A" in name])["norm"] > 0
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_stored_results_are_taken_and_nothing_is_written(
     runs: dict[str, Path], documents: dict[str, dict[str, Any]], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,7 @@ def test_every_strategy_sees_the_same(basic: dict[str, Any], tmp_path: Path, in_
     assert all({line["stage"] for line in log if "loss" in line} == {"instruct"} for log in logs)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
     first = run(basic, tmp_path / "out", strategies=("connector",))
     assert in_process
@@ -180,7 +181,7 @@ def test_rates_are_searched_on_the_development_split(
     assert len(with_test) < len(runs)  # the others never saw the test questions
 
 
-@pytest.mark.parametrize("equal", ["samples", "supervised-tokens"])
+@pytest.mark.parametrize("equal", ["samples", pytest.param("supervised-tokens", marks=pytest.mark.slow)])
 def test_kinds_of_data(basic: dict[str, Any], files: Path, tmp_path: Path, in_process: list[str], equal: str) -> None:
     samples = json.loads((files / "train" / "data.json").read_text())
     sources = []
@@ -212,6 +213,7 @@ def test_wrong_requests(basic: dict[str, Any], tmp_path: Path, asked: dict[str, 
         run(basic, tmp_path / "out", **asked)
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_recipe_is_refused(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
     run(basic, tmp_path / "out", strategies=("connector",))
     basic["stages"][1]["batch_size"] = 4
@@ -225,6 +227,7 @@ def test_no_questions_no_comparison(basic: dict[str, Any], tmp_path: Path) -> No
         run(basic, tmp_path / "out", strategies=("connector",))
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_moved_goes_on(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
     """Another path, and another strategy: the rows that are there stay, a training that had begun goes on."""
     run(basic, tmp_path / "out", strategies=("connector",))
@@ -237,6 +240,7 @@ def test_a_comparison_that_was_moved_goes_on(basic: dict[str, Any], tmp_path: Pa
     assert in_process == ["connector, seed 0"] and not compared.failed
 
 
+@pytest.mark.slow
 def test_other_data_is_another_training(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
     """The same label and rate with another stage behind them is not taken for what is there."""
     basic["stages"][1]["data"][0]["kind"] = "one"

@@ -252,7 +252,7 @@ def test_against_a_journal_with_other_records(line: str, pair: Any, data: Path, 
         into(tmp_path / "s.json", pair, data, limit=4, against=tmp_path / "r.json")
 
 
-@pytest.mark.parametrize("kept", [0, 1, 30, -1])
+@pytest.mark.parametrize("kept", [0, 1, 30, pytest.param(-1, marks=pytest.mark.slow)])
 def test_a_torn_first_line_is_written_anew(kept: int, pair: Any, data: Path, tmp_path: Path) -> None:
     whole = into(tmp_path / "r.json", pair, data, limit=4)
     path = tmp_path / "r" / "journal.jsonl"

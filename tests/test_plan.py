@@ -225,7 +225,7 @@ def test_causes_are_the_bytes_that_backward_needs() -> None:
     assert "lora" not in kept and kept["vision"] == 0
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_options_of_a_stage_show() -> None:
     def peak(strategy: str = "layernorm-simple", dtype: str = "bfloat16", micro: int = 1, **options: Any) -> Any:
         return plan_step(llava(), stage(strategy, **options), Shape(2, 512, SUPERVISED, micro), dtype).by_cause
