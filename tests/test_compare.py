@@ -81,6 +81,7 @@ def basic(llm_folder: Path, vision_folder: Path, files: Path) -> dict[str, Any]:
     return recipe_for(llm_folder, vision_folder, files)
 
 
+@pytest.mark.slow
 def test_every_strategy_sees_the_same(basic: dict[str, Any], tmp_path: Path, in_process: list[str]) -> None:
     """Same start, same batches, same questions; a strategy that is listed twice comes out twice the same."""
     compared = run(basic, tmp_path / "out", strategies=TWICE, seeds=(0, 1))
@@ -251,6 +252,7 @@ def test_other_data_is_another_training(basic: dict[str, Any], tmp_path: Path, i
     assert row_of(compared, "one")["cost"]["trainable_parameters"] > 2000
 
 
+@pytest.mark.slow
 def test_a_strategy_without_a_working_rate_fails_alone(
     basic: dict[str, Any], tmp_path: Path, in_process: list[str]
 ) -> None:

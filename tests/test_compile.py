@@ -87,8 +87,8 @@ def test_all_blocks_and_lengths_share_their_graphs(name: str, activations: Any) 
     assert all(is_compiled(model)) and graphs() == 2  # the first block has no gradient to pass on
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
 def test_packed_rows_and_checkpointing(checkpointed: bool) -> None:
     model = text_model("llama").train()
     apply(model, "layernorm-simple")

@@ -75,6 +75,7 @@ def test_runs_can_be_talked_to(result: dict[str, Any], capsys: pytest.CaptureFix
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_a_finished_demo_is_served_with_its_page(result: dict[str, Any]) -> None:
     pytest.importorskip("gradio", reason="needs gradio (pip install 'normtune[ui]')")
     command = [sys.executable, "-m", "normtune", "demo", "--ui", "--port", "0", "--out", result["run"]]

@@ -271,6 +271,7 @@ def test_a_file_of_something_else_is_not_overwritten(pair: Any, data: Path, tmp_
 # ---- what is written ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_normtune_score_reads_the_predictions(
     pair: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,7 @@ def cut_to(done: Path, folder: Path, stage: str, step: int) -> Path:
     "options",
     [
         {},
-        pytest.param({"strategy": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}, marks=pytest.mark.heavy),
+        pytest.param({"strategy": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}, marks=pytest.mark.slow),
         pytest.param({"packing": True, "cache_features": True, "schedule": "linear"}, marks=pytest.mark.heavy),
         pytest.param({"strategy": ["norms", "vision_norms"], "weight_decay": 0.1}, marks=pytest.mark.slow),
         pytest.param({"activations": "8bit", "checkpoint_activations": True}, marks=pytest.mark.slow),
@@ -129,7 +129,7 @@ def test_a_run_that_is_stopped_after_every_step_is_bit_identical(
     [
         pytest.param(1, signal.SIGTERM, ("align", 0), marks=pytest.mark.heavy),
         (8, signal.SIGINT, ("align", 2)),
-        pytest.param(9, signal.SIGTERM, ("align", 3), marks=pytest.mark.heavy),  # the last: the step is completed
+        pytest.param(9, signal.SIGTERM, ("align", 3), marks=pytest.mark.slow),  # the last: the step is completed
         pytest.param(20, signal.SIGTERM, ("instruct", 0), marks=pytest.mark.heavy),
         (35, signal.SIGINT, ("instruct", 5)),
     ],

@@ -330,7 +330,9 @@ def test_who_has_no_key_writes_nothing_into_the_log(calm: Served, caplog: pytest
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize(
+    "sent", [pytest.param(b"", marks=pytest.mark.slow), b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"]
+)
 def test_a_head_that_does_not_end(engine: Scripted, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     monkeypatch.setattr(server, "KEPT", 0.5)
     engine.pause = 0.4
@@ -695,8 +697,8 @@ def test_a_signal_lets_a_stream_finish(mllm_folder: Path, adapters: dict[str, Pa
         server.client().models.list()
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once(mllm_folder: Path, number: signal.Signals) -> None:
     server = Process(str(mllm_folder), "--max-tokens", "400")
     wire = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))

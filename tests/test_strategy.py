@@ -214,7 +214,7 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
 
 
 @pytest.mark.parametrize(
-    "dtype", [pytest.param(torch.float32, id="fp32", marks=pytest.mark.heavy), pytest.param(torch.bfloat16, id="bf16")]
+    "dtype", [pytest.param(torch.float32, id="fp32", marks=pytest.mark.slow), pytest.param(torch.bfloat16, id="bf16")]
 )
 @pytest.mark.parametrize("strategy", ["layernorm-simple", "layernorm", pytest.param("full", marks=pytest.mark.slow)])
 def test_apply_allocates_the_trainable_tensors_and_nothing_else(strategy: str, dtype: torch.dtype) -> None:
