@@ -518,3 +518,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "normtune.serving.ui", raising=False)
     with pytest.raises(InputError, match=re.escape("pip install 'normtune[ui]'")):
         import normtune.serving.ui  # noqa: F401
+
+
+def test_uploads_lie_in_a_folder_of_this_process() -> None:
+    """Another server on the machine that is sent the same picture deletes it when it ends."""
+    pytest.importorskip("gradio")
+    from gradio.utils import get_upload_folder
+
+    import normtune.serving.ui
+
+    assert normtune.serving.ui.mount
+    assert Path(get_upload_folder()).name.startswith("normtune-ui-")

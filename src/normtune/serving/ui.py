@@ -11,8 +11,12 @@ an uploaded file, never an address that the server would have to fetch.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import html
 import logging
+import os
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
 
     from normtune.serving import Engine
 
+if "GRADIO_TEMP_DIR" not in os.environ:
+    # of this process: a server that ends deletes what it was sent, and equal pictures have equal paths in Gradio's own
+    os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="normtune-ui-")
+    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 try:
     import gradio as gr
     from starlette.middleware import Middleware
