@@ -140,6 +140,7 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(
         assert "qk_norms" in (tmp_path / "out" / name).read_text()
 
 
+@pytest.mark.slow
 def test_images_are_encoded_once(
     basic: dict[str, Any], tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,7 +108,7 @@ def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("llm", ["untied-template", "tied-bare"])
-@pytest.mark.parametrize("connector", ["mlp", "linear"])
+@pytest.mark.parametrize("connector", ["mlp", pytest.param("linear", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_every_encoder(
     kind: str, connector: str, llm: str, encoders: dict[str, Path], llms: dict[str, Path], tmp_path: Path

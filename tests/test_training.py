@@ -70,10 +70,10 @@ def test_throughput_counts_the_wait_for_data() -> None:
     [
         {"packing": False},
         {"packing": True},
-        {"packing": True, "micro_batch_size": 2},
+        pytest.param({"packing": True, "micro_batch_size": 2}, marks=pytest.mark.slow),
         {"cache_features": True},
         {"activations": "8bit"},
-        {"packing": True, "cache_features": True, "checkpoint_activations": True},
+        pytest.param({"packing": True, "cache_features": True, "checkpoint_activations": True}, marks=pytest.mark.slow),
         pytest.param({"packing": True, "compile": True}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "+".join(options),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from normtune.world import ceilings, corpus, path, pretrain, scenes, text, tokens
 
-pytestmark = pytest.mark.heavy
+pytestmark = pytest.mark.slow
 
 TOY = pretrain.Plan(
     steps=6, narrow=2, told=2, batches=(4, 4, 4), hidden=32, heads=2, mlp=48, first_layers=1, layers=2, warmup=1
