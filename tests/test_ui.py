@@ -513,6 +513,58 @@ def test_an_answer_with_an_images_marker_ends_no_conversation() -> None:
     assert texts == [*["which?", "the tag < image >"] * 2, "the tag <image>"]
 
 
+def updates_of(engine: FakeEngine, question: str, then: Callable[[Any, Any], None]) -> list[Any]:
+    """What `Page.ask` tells the page; `then` is called with the page and the tab once the model speaks."""
+    from normtune.serving.ui import Page
+
+    async def told() -> list[Any]:
+        page, tab, found = Page(engine, ServerSettings()), SimpleNamespace(session_hash="tab"), []  # type: ignore[arg-type]
+        async for update in page.ask({"text": question}, "colours", "<none>", 0, 1, 9, "", tab):  # type: ignore[arg-type]
+            found.append(update)
+            if question in str(update) and "on and on" in str(update):
+                then(page, tab)
+        return found
+
+    with ThreadPoolExecutor(1) as thread:  # this one may have the browser's event loop
+        return thread.submit(asyncio.run, told()).result(60)
+
+
+def test_the_last_that_a_page_hears_of_a_forgotten_conversation_is_that_it_is_empty(engine: FakeEngine) -> None:
+    """The browser handles this event and the click on "New conversation" at once, in an order that is open."""
+    from normtune.serving.ui import EMPTY
+
+    *_, last = updates_of(engine, "slow", lambda page, tab: page.clear(tab))
+    assert last[1:6] == EMPTY
+
+    def begin_anew(page: Any, tab: Any) -> None:
+        page.clear(tab)
+        page.conversations.of(tab.session_hash).busy = True
+
+    told = updates_of(engine, "slow", begin_anew)
+    assert not any(update[1:6] == EMPTY for update in told)  # it would empty what has been asked since
+
+
+def test_a_question_forgotten_while_it_is_prepared_is_not_asked() -> None:
+    from normtune.serving import Sampling
+    from normtune.serving.ui_conversations import Conversations, ask
+
+    tabs = Conversations()
+
+    class Slow(FakeEngine):
+        def prepare(self, *question: Any) -> Any:
+            tabs.forget("tab")
+            return super().prepare(*question)
+
+        def submit(self, *asked: Any) -> Any:
+            raise AssertionError("asked")
+
+    async def run() -> list[Any]:
+        return [each async for each in ask(Slow(), tabs.of("tab"), "a", [], [None], Sampling(5), ServerSettings())]  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(asyncio.run, run()).result() == []
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "normtune.serving.ui", raising=False)

@@ -48,6 +48,8 @@ except ImportError as error:
 NONE, BASE = "<none>", "<base>"  # values of a choice that are no adapter's name
 MARGIN = 2**16  # bytes around an uploaded file
 REFRESH = 5.0  # seconds between two looks at which adapters there are
+NOTHING = {"text": "", "files": []}  # in the question's box
+EMPTY = [[], [], "", "", ""]  # chats, figures and message of a new conversation
 KEEP = 3600  # seconds that an uploaded file is kept at most; all go when the server ends
 FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
 STYLE = Path(__file__).with_name("ui.css")
@@ -129,12 +131,12 @@ class Page:
                 samples.click(lambda number: offered[number], [samples], [box], concurrency_limit=None, **private)
             (_, chat, figures), (column2, chat2, figures2) = sides
             shown = [box, chat, chat2, figures, figures2, message, stop, send]
-            asking = gr.on(
+            gr.on(
                 [send.click, box.submit], self.ask, [box, first, second, *knobs], shown,
-                concurrency_limit=None, **private,
+                concurrency_limit=None, trigger_mode="multiple", **private,
             )  # fmt: skip
             stop.click(self.stop, None, None, **direct)
-            gr.on([new.click, chat.clear, chat2.clear], self.clear, None, shown, cancels=[asking], **direct)
+            gr.on([new.click, chat.clear, chat2.clear], self.clear, None, shown, **direct)
             chosen = [first, second]
             gr.on([first.change, second.change], self.choose, chosen, [chat, chat2, column2], **direct)
             known = gr.State([])
@@ -194,6 +196,9 @@ class Page:
         """Yields updates of `shown` in `build`: question, chats, figures, message, buttons."""
         skip = gr.skip()
         conversation = self.conversations.of(request.session_hash)
+        if conversation.busy:  # a second click, or Enter too early: the question stays in its box
+            yield [skip] * 8
+            return
         question = question or {}
         text, files = str(question.get("text") or "").strip(), list(question.get("files") or [])
         began = False
@@ -207,23 +212,28 @@ class Page:
             sampling = Sampling(int(longest), float(temperature), float(top_p), read_seed(seed))
             answers = ask(self.engine, conversation, text, pictures, adapters, sampling, self.settings)
             async for current in answers:
-                box = skip if began else {"text": "", "files": []}
+                if conversation.forgotten:
+                    continue  # until its jobs have ended
+                box = skip if began else NOTHING
                 began = True
                 done = all(answer.finish is not None for answer in current)
                 yield [box, *show(conversation, current), problems(current), *buttons(done)]
+            if conversation.forgotten and not self.conversations.begun(request.session_hash):
+                # what `clear` has told the page may have come before the last update from here
+                yield [skip, *EMPTY, *buttons(True)]
             self.conversations.trim()
         except NormtuneError as error:
-            yield [skip, skip, skip, skip, skip, alert(str(error)), *buttons(True)]
+            yield failed(str(error))
         except Exception:
             log.exception("the page failed to answer")
-            yield [skip, skip, skip, skip, skip, alert("the server failed; its log says why"), *buttons(True)]
+            yield failed("the server failed; its log says why")
 
     def stop(self, request: gr.Request) -> None:
         self.conversations.of(request.session_hash).stop()
 
     def clear(self, request: gr.Request) -> list[Any]:
         self.conversations.forget(request.session_hash)
-        return [{"text": "", "files": []}, [], [], "", "", "", *buttons(True)]
+        return [NOTHING, *EMPTY, *buttons(True)]
 
     def leave(self, request: gr.Request) -> None:
         self.conversations.forget(request.session_hash)
@@ -287,6 +297,11 @@ def messages(turns: Sequence[Turn], pictures: Sequence[Picture]) -> list[dict[st
 
 def problems(answers: Sequence[Answer]) -> str:
     return alert(next((answer.error for answer in answers if answer.error), ""))
+
+
+def failed(why: str) -> list[Any]:
+    """What was asked and said stays as it is, and another question may be asked."""
+    return [*[gr.skip()] * 5, alert(why), *buttons(True)]
 
 
 def alert(text: str) -> str:

@@ -78,6 +78,7 @@ class Conversation:
     sides: tuple[Side, Side] = field(default_factory=lambda: (Side(), Side()))
     jobs: list[Job] = field(default_factory=list)  # what is being answered now
     busy: bool = False
+    forgotten: bool = False  # its tab has begun another, or is closed
 
     def stop(self) -> None:
         for job in self.jobs:
@@ -116,7 +117,14 @@ class Conversations:
         with self._lock:
             found = self._tabs.pop(tab, None)
         if found is not None:
+            found.forgotten = True
             found.stop()
+
+    def begun(self, tab: str) -> bool:
+        """Whether anything has been asked in this tab since it was last forgotten."""
+        with self._lock:
+            found = self._tabs.get(tab)
+            return found is not None and (found.busy or any(side.turns for side in found.sides))
 
     @property
     def busy(self) -> bool:
@@ -170,6 +178,7 @@ async def ask(
     settings: ServerSettings,
 ) -> AsyncIterator[list[Answer]]:
     """Asks one or two adapters at once; yields their answers so far, `PACE` apart, the last time when all have ended.
+    Nothing is asked of a conversation that was forgotten while its question was prepared.
 
     A side's question and answer join its turns when it has ended well, or was stopped with something to show.
 
@@ -204,6 +213,8 @@ async def ask(
     conversation.busy = True
     try:
         both = await asyncio.to_thread(prepare_all)
+        if conversation.forgotten:
+            return
         for answer, prompt in both:
             fitting = clipped(sampling, prompt.tokens, engine.max_context)
             conversation.jobs.append(engine.submit(prompt, fitting, partial(deliver, answer)))
