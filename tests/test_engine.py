@@ -385,13 +385,19 @@ def test_cancelling(make: Callable[..., Engine], reference: Reference) -> None:
     assert engine.stats.finished == 5 and engine.stats.tokens < 50
 
 
+def second_cancelled(engine: Engine, first: Told, second: Told) -> Any:
+    """The job of a long answer that has the only slot; a request behind it was cancelled."""
+    running = submit(engine, Ask("One", length=400), first)
+    while engine.stats.waiting:
+        time.sleep(0.001)
+    submit(engine, Ask("Two"), second).cancel()
+    return running
+
+
 def test_what_is_cancelled_does_not_wait_for_a_slot(make: Callable[..., Engine]) -> None:
     engine, first, second = make(slots=1, max_queue=1), Told(), Told()
     with engine:
-        running = submit(engine, Ask("One", length=400), first)
-        while engine.stats.waiting:
-            time.sleep(0.001)
-        submit(engine, Ask("Two"), second).cancel()
+        running = second_cancelled(engine, first, second)
         assert second.finish == "cancelled" and not first.done.is_set()
         submit(engine, Ask("Three", length=1), Told())  # its place in the queue is free
         running.cancel()
@@ -403,10 +409,7 @@ def test_what_is_cancelled_makes_room_while_a_batch_runs(
     monkeypatch.setattr("normtune.serving.engine.can_join", lambda *args: False)
     engine, first, second = make(slots=1, max_queue=1), Told(), Told()
     with engine:
-        running = submit(engine, Ask("One", length=400), first)
-        while engine.stats.waiting:
-            time.sleep(0.001)
-        submit(engine, Ask("Two"), second).cancel()
+        running = second_cancelled(engine, first, second)
         submit(engine, Ask("Three", length=1), Told())
         assert second.finish == "cancelled" and not first.done.is_set()
         with pytest.raises(QueueFull):

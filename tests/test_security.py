@@ -230,6 +230,13 @@ def test_jpegs_of_scan_upon_scan(tmp_path: Path) -> None:
         open_image(tmp_path / "x.jpg", "item 1")
 
 
+def test_a_lower_limit_holds_before_memory_is_taken(tmp_path: Path) -> None:
+    """Pillow takes memory for a WebP's whole canvas when it opens the file."""
+    (tmp_path / "x.webp").write_bytes(webp(5000, 5000))
+    with pytest.raises(InputError, match="more than 16,777,216 pixels"):
+        open_image(tmp_path / "x.webp", "item 1", 2**24)
+
+
 @pytest.mark.parametrize("size", [(1, 201), (402, 1), (2, 401)])
 def test_lines_are_no_pictures(tmp_path: Path, size: tuple[int, int]) -> None:
     """What scales the shorter side to 336 pixels would need gigabytes for the longer one."""

@@ -95,15 +95,15 @@ def _holds(current: str, folder: str, inside: str) -> bool:
     return os.path.commonpath([root, os.path.realpath(os.path.join(root, inside))]) == root
 
 
-def open_image(source: ImageSource, where: str) -> Image.Image:
+def open_image(source: ImageSource, where: str, limit: int = MAX_PIXELS) -> Image.Image:
     """The image in mode RGB, turned as its EXIF data says; of several frames the first.
 
     Transparent pixels are laid on white; 16-bit and wider greys are scaled to 8 bits, floating-point ones from 0..1
     if they lie there. InputError, beginning with `where`, for a file that is missing, broken, none of FORMATS, larger
-    than MAX_BYTES, longer than MAX_RATIO times its width (or wider), or of more than MAX_PIXELS or twice Pillow's
-    `MAX_IMAGE_PIXELS` pixels; sizes are told from its header, before memory is taken for them.
+    than MAX_BYTES, longer than MAX_RATIO times its width (or wider), or of more than `limit`, MAX_PIXELS or twice
+    Pillow's `MAX_IMAGE_PIXELS` pixels; sizes are told from its header, before memory is taken for them.
     """
-    with opened(source, where) as file:
+    with opened(source, where, limit) as file:
         return to_rgb(upright(file))
 
 
@@ -124,7 +124,7 @@ def opened(source: ImageSource, where: str, limit: int = MAX_PIXELS) -> Iterator
     limit = min(limit, MAX_PIXELS, 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS))
     too_large = InputError(f"{where}: image {source} has more than {limit:,} pixels; scale it down")
     try:
-        with source.open("rb") as stream, _header(stream) as file:
+        with source.open("rb") as stream, _header(stream, limit) as file:
             if file.width * file.height > limit:
                 raise too_large
             _check_cost(stream, file)
@@ -143,7 +143,7 @@ def opened(source: ImageSource, where: str, limit: int = MAX_PIXELS) -> Iterator
         raise InputError(f"{where}: image {source} cannot be read: {reason or type(error).__name__}") from error
 
 
-def _header(stream: BinaryIO) -> Any:
+def _header(stream: BinaryIO, limit: int) -> Any:
     """The file as Pillow opens it, its pixels not decoded yet."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(0)
@@ -153,7 +153,7 @@ def _header(stream: BinaryIO) -> Any:
     stream.seek(0)
     if start[8:16] == b"WEBPVP8X":  # Pillow takes memory for the whole canvas when it opens such a file
         width, height = (1 + int.from_bytes(start[place : place + 3], "little") for place in (24, 27))
-        if width * height > MAX_PIXELS:
+        if width * height > limit:
             raise Image.DecompressionBombError
     with _FILTERS, warnings.catch_warnings():  # what is large our own limit refuses
         warnings.simplefilter("ignore")

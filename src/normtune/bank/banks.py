@@ -26,7 +26,7 @@ from normtune.bank.ways import Way, way_of
 from normtune.errors import InputError, did_you_mean
 from normtune.kernels.replacing import Replaced, is_held, is_plain, put_back, replace
 from normtune.layers import unwrapped
-from normtune.strategy import is_offloaded, tuning
+from normtune.strategy import LLM_GAINS, is_offloaded, tuning
 from normtune.structure.norms import key_of
 
 KEPT = 8  # compositions of a batch whose gathered gains are kept
@@ -287,7 +287,7 @@ def refuse_model(model: nn.Module) -> None:
         raise InputError(f"adapter {loaded.active!r} is active in the model; remove_adapter it before making a bank")
     if state.lora is not None:
         raise InputError("the model holds LoRA; a bank needs the base alone")
-    gains = {f"{name}.{n}" for part in ("norms", "final_norm", "qk_norms") for name in state.anatomy.modules(part)
+    gains = {f"{name}.{n}" for part in LLM_GAINS for name in state.anatomy.modules(part)
              for n, _ in model.get_submodule(name).named_parameters(recurse=False)}  # fmt: skip
     tuned = [name for name in state.tuned if name in gains]
     if tuned:

@@ -18,11 +18,10 @@ from normtune.adapter import Adapter
 from normtune.errors import InputError
 from normtune.kernels import promote
 from normtune.kernels.replacing import HOOKED
-from normtune.strategy import parameters, tuning
+from normtune.strategy import LLM_GAINS, parameters, tuning
 from normtune.structure import Anatomy
 
 Gate: TypeAlias = Literal["none", "image"]
-PARTS = ("norms", "final_norm", "qk_norms")
 ELSEWHERE = "merge it (normtune.merge) and serve it as a model of its own"
 
 
@@ -96,7 +95,7 @@ def layout_of(model: nn.Module, found: Anatomy) -> Layout:
     places: dict[str, Place] = {}
     norms: dict[str, dict[str, str]] = {}
     start = 0
-    for norm in (name for part in PARTS for name in found.modules(part)):
+    for norm in (name for part in LLM_GAINS for name in found.modules(part)):
         own = dict(model.get_submodule(norm).named_parameters(recurse=False))
         norms[norm] = {short: names[id(parameter)] for short, parameter in own.items()}
         for short, name in norms[norm].items():

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from normtune.bank.entries import PARTS
-from normtune.strategy import tuning
+from normtune.strategy import LLM_GAINS, tuning
 
 
 @dataclass(frozen=True)
@@ -52,5 +51,5 @@ class Planned:
 def planned(model: nn.Module, adapters: int) -> Planned:
     """Memory of so many adapters of the model's norms; its weights may be on the meta device."""
     found = tuning(model).anatomy
-    gains = {id(p): p.numel() for part in PARTS for p in found.parameters(model, part)}
+    gains = {id(p): p.numel() for part in LLM_GAINS for p in found.parameters(model, part)}
     return Planned(adapters, sum(gains.values()), sum(p.numel() for p in found.parameters(model, "connector")))

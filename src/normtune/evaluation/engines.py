@@ -147,18 +147,28 @@ class Shared:
     def inputs(self, batch: Sequence[tuple[list[int], list[torch.Tensor]]]) -> dict[str, Any]:
         """`generate`'s arguments: input_ids and attention_mask [B, S] int64, padded on the left, and features; or with
         the beginnings of the prompts computed already (see `prefixes`)."""
-        width = max(len(ids) for ids, _ in batch)
-        rows = [[self.pad] * (width - len(ids)) + ids for ids, _ in batch]
-        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in batch]
         features = [feature for _, own in batch for feature in own]
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor(rows, device=self.device),
-            "attention_mask": torch.tensor(mask, device=self.device),
-        }
+        inputs = left_padded([ids for ids, _ in batch], features, self.pad, self.device)
         if not features:
             return inputs
-        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         return shared_inputs(self.model, batch, inputs, self.processor.image_token_id, self.pad)
+
+
+def left_padded(
+    prompts: Sequence[Sequence[int]], features: Sequence[torch.Tensor], pad: int, device: torch.device
+) -> dict[str, Any]:
+    """input_ids and attention_mask [B, S] int64, and where there are any the features [T, H] of the images, in the
+    order of their prompts."""
+    width = max(map(len, prompts))
+    rows = [[pad] * (width - len(ids)) + list(ids) for ids in prompts]
+    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    inputs: dict[str, Any] = {
+        "input_ids": torch.tensor(rows, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+    if features:
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+    return inputs
 
 
 class Stock:

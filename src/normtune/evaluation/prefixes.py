@@ -68,8 +68,7 @@ def _inputs(
         use_cache=True,
         logits_to_keep=1,
     ).past_key_values
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-        raise TypeError("not a plain cache of keys and values")
+    check_plain(cache)
     places = list(distinct)
     rows = torch.tensor([places.index(id(feature)) for _, (feature,) in batch], device=device)
     for layer in cache.layers:
@@ -82,6 +81,12 @@ def _inputs(
         "attention_mask": torch.tensor(mask, device=device),
         "past_key_values": cache,
     }
+
+
+def check_plain(cache: Any) -> None:
+    """TypeError for what is no cache of every token's keys and values."""
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise TypeError("not a plain cache of keys and values")
 
 
 class _First(LogitsProcessor):

@@ -28,7 +28,7 @@ from normtune.exporting.gguf_base import MARK, check_embedding, check_shape, ref
 from normtune.exporting.gguf_files import fact, gguf_package, open_gguf, rewrite, tensors
 from normtune.exporting.gguf_rule import ROUNDING, close, folded, ratio_rule
 from normtune.layers import unwrapped
-from normtune.strategy import parameters
+from normtune.strategy import LLM_GAINS, parameters
 from normtune.structure import Anatomy, anatomy, formulas
 
 
@@ -132,7 +132,7 @@ def llm_norms(model: nn.Module, adapter: Adapter, found: Anatomy) -> set[str]:
     parts = {
         part: {own[p] for p in found.parameters(model, part) if p in own} for part in ("connector", "embed", "head")
     }
-    norms = {own[p] for part in ("norms", "final_norm", "qk_norms") for p in found.parameters(model, part) if p in own}
+    norms = {own[p] for part in LLM_GAINS for p in found.parameters(model, part) if p in own}
     beside = parts["connector"] | {n for n in adapter.tensors if any(n.startswith(f"{root}.") for root in found.vision)}
     for name in adapter.tensors:
         if name not in norms and name not in beside:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from normtune.bank import Bank, Entry
+from normtune.evaluation.engines import left_padded
+from normtune.evaluation.prefixes import check_plain
 
 ROOM = 64  # columns are added and given back by so many at least
 
@@ -83,22 +84,13 @@ class Slots:
     def prefill(self, rows: Sequence[Row]) -> tuple[torch.Tensor, Any]:
         """Logits [n, V] of the token after each prompt, and the cache that `join` takes. TypeError: not a plain cache
         of keys and values."""
-        width = max(len(row.ids) for row in rows)
-        ids = [[self.pad] * (width - len(row.ids)) + list(row.ids) for row in rows]
-        mask = torch.tensor([[0] * (width - len(row.ids)) + [1] * len(row.ids) for row in rows], device=self.device)
+        images = [image for row in rows for image in row.images]
+        inputs = left_padded([row.ids for row in rows], images, self.pad, self.device)
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         with self.bank.rows([row.entry for row in rows]):
-            out = self.model(
-                input_ids=torch.tensor(ids, device=self.device),
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=True,
-                logits_to_keep=1,
-                **seen([image for row in rows for image in row.images]),
-            )
-        cache = out.past_key_values
-        if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-            raise TypeError("not a plain cache of keys and values")
-        return out.logits[:, -1], cache
+            out = self.model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+        check_plain(out.past_key_values)
+        return out.logits[:, -1], out.past_key_values
 
     def join(self, rows: Sequence[Row], cache: Any) -> None:
         """Adds rows, with the keys and values that `prefill` computed of them."""
@@ -190,13 +182,6 @@ def device_of(bank: Bank) -> torch.device:
     """Where token ids go."""
     model: Any = bank.model
     return model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
-
-
-def seen(images: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """The arguments of a forward whose images are embedded already, [T, H] each in the order of their rows."""
-    if not images:
-        return {}
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=list(images))}}
 
 
 def can_join(bank: Bank, pad: int, tokens: int) -> bool:

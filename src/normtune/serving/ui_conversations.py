@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from normtune.chat import PLACEHOLDER, Turn, unmarked
 from normtune.errors import InputError
-from normtune.images import opened, to_rgb, upright
+from normtune.images import open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,8 +52,7 @@ class Picture:
 
     def pixels(self, limit: int) -> Image:
         """RGB, the right way up. InputError: no picture, or more than `limit` pixels."""
-        with opened(self, "picture", limit) as file:
-            return to_rgb(upright(file))
+        return open_image(self, "picture", limit)
 
 
 def read_pictures(paths: Sequence[str], limit: int) -> list[Picture]:

@@ -23,7 +23,6 @@ from normtune.errors import InputError
 from normtune.evaluation.engines import takes_features
 from normtune.features.filling import has_connector
 from normtune.features.once import attribute, frozen, image_reader
-from normtune.images import to_rgb
 from normtune.strategy import tuning
 
 BATCH = 16  # images that go through the encoder together
@@ -82,8 +81,7 @@ class Vision:
             raise InputError("between encoder and LLM this model has more than a connector")
 
     def look(self, image: Image.Image) -> Picture:
-        """An image as a request holds it until its turn."""
-        image = to_rgb(image)
+        """An image in mode RGB, as a request holds it until its turn."""
         digest = hashlib.sha256(f"{image.size}".encode())
         digest.update(image.tobytes())
         key = digest.digest()

@@ -18,10 +18,11 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from normtune.bank import Bank
 from normtune.evaluation.answering import plain_greedy
+from normtune.evaluation.engines import left_padded
 from normtune.serving.jobs import Job
 from normtune.serving.prompts import Prompts
 from normtune.serving.sampling import choose
-from normtune.serving.slots import device_of, seen
+from normtune.serving.slots import device_of
 
 
 class Waiting:
@@ -84,15 +85,8 @@ class Waiting:
                 return self.prompts.stock.inputs([job.prompt.request for job in group if job.prompt.request])
         vision = self.prompts.vision
         assert vision is not None
-        width = max(job.prompt.tokens for job in group)
-        ids = [[self.pad] * (width - job.prompt.tokens) + job.prompt.ids for job in group]
-        mask = [[0] * (width - job.prompt.tokens) + [1] * job.prompt.tokens for job in group]
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor(ids, device=self.device),
-            "attention_mask": torch.tensor(mask, device=self.device),
-        }
-        features = vision.connected(self.bank, [job.prompt for job in group])
-        return {**inputs, **seen([image for own in features for image in own])}
+        images = [image for own in vision.connected(self.bank, [job.prompt for job in group]) for image in own]
+        return left_padded([job.prompt.ids for job in group], images, self.pad, self.device)
 
 
 class _Teller(LogitsProcessor):

@@ -16,6 +16,7 @@ from normtune.strategy.packing import can_pack, pack_length, prefers_packing
 from normtune.strategy.state import (
     CHUNK,
     GAIN_PARTS,
+    LLM_GAINS,
     Tuning,
     base_gains,
     changed,
@@ -39,6 +40,7 @@ from normtune.strategy.table import STRATEGIES, resolve
 __all__ = [
     "CHUNK",
     "GAIN_PARTS",
+    "LLM_GAINS",
     "LORA_NAME",
     "STRATEGIES",
     "Movement",

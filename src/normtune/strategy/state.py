@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 SAMPLE = 4096  # elements of a tensor that is no gain: enough for a share, and free at 7B
 CHUNK = 1 << 22
-GAIN_PARTS = ("norms", "final_norm", "qk_norms", "vision_norms")
+LLM_GAINS = ("norms", "final_norm", "qk_norms")
+GAIN_PARTS = (*LLM_GAINS, "vision_norms")
 
 
 @dataclass
