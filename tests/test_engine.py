@@ -29,11 +29,12 @@ from normtune.bank import bank
 from normtune.chat import Turn
 from normtune.errors import InputError
 from normtune.evaluation import answer
-from normtune.serving import Closed, Engine, Job, Piece, QueueFull, Sampling, open_base
+from normtune.serving import Closed, Engine, Job, Piece, QueueFull, Sampling, open_alone, open_base
 from normtune.serving.sampling import Sampler, choose
 from normtune.serving.slots import ROOM, Row, Slots
 from normtune.serving.text import Text
 from normtune.strategy import tuning
+from normtune.tuned import Tuned
 
 PICTURES = [picture(number) for number in range(5)]
 
@@ -794,3 +795,26 @@ def test_open_base(tmp_path: Path, mllm_folder: Path, adapters: dict[str, Path],
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
         with bank(tuned.model, dict(found)) as held:
             assert held.names == names
+
+
+def test_a_model_that_no_bank_takes_is_one_of_its_own(tmp_path: Path, mllm_folder: Path) -> None:
+    tuned, plain = nt.load(str(mllm_folder)), nt.load(str(mllm_folder))
+    nt.apply(tuned[0], ["lora"])
+    with torch.no_grad():
+        for name, parameter in tuned[0].named_parameters():
+            if "lora_B" in name:
+                parameter += 0.2 * torch.randn_like(parameter)
+    folder = nt.save_adapter(tuned[0], tmp_path / "adapter")
+    ids = {"input_ids": torch.arange(5, 9)[None], "max_new_tokens": 8, "do_sample": False}
+    wanted, base = (model.generate(**ids, suppress_tokens=[image_token(model)]) for model, _ in (tuned, plain))
+    assert not torch.equal(wanted, base)
+    with open_alone(Tuned(*plain), folder) as alone:
+        assert torch.equal(alone.generate(adapters=[None], **ids), wanted)
+        assert alone.names == [] and alone.bytes == 0
+        with pytest.raises(InputError, match="merge what the model holds"):
+            alone.add("other", folder)
+    assert torch.equal(plain[0].generate(**ids, suppress_tokens=[image_token(plain[0])]), wanted)
+
+
+def image_token(model: Any) -> int:
+    return int(model.config.image_token_id)

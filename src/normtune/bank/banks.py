@@ -60,23 +60,26 @@ class Bank:
     def __init__(self, model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise InputError(f"a bank stores gains in float32 or bfloat16, not in {dtype}")
-        self.model = model
-        self._inner = unwrapped(model)
-        if not is_held(self._inner):  # a deep copy of a bank's model brought idle forwards along
-            for module in self._inner.modules():
+        inner = unwrapped(model)
+        if not is_held(inner):  # a deep copy of a bank's model brought idle forwards along
+            for module in inner.modules():
                 put_back(module, Banked)
-        refuse_model(self._inner)
+        refuse_model(inner)
+        layout = layout_of(inner, tuning(inner).anatomy)
+        self._begin(model, layout, base_entry(inner, layout, dtype))
+
+    def _begin(self, model: nn.Module, layout: Layout, base: Entry) -> None:
+        """Takes hold of the modules that the layout names."""
+        self.model, self._inner = model, unwrapped(model)
         self._anatomy = tuning(self._inner).anatomy
-        self._layout: Layout = layout_of(self._inner, self._anatomy)
-        self._base = base_entry(self._inner, self._layout, dtype)
+        self._layout, self._base = layout, base
         self._ways = self._find_ways()
         self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
         self._closed = False
         self._current = Current(held=True)
         self._selections: OrderedDict[tuple[int, ...], Selection] = OrderedDict()
-        kinds = {**dict.fromkeys(self._layout.norms, "norm"), **self._layout.others}
-        for name, kind in kinds.items():
+        for name, kind in {**dict.fromkeys(layout.norms, "norm"), **layout.others}.items():
             replace(self._inner.get_submodule(name), Banked, banked, self._current, name, kind)
 
     def _find_ways(self) -> dict[str, Way]:

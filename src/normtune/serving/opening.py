@@ -6,9 +6,6 @@ nothing. Not here: opening itself (tuned.py), the bank.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,10 @@ import torch
 from torch import nn
 
 from normtune.adapter import adapter_folder, load_adapter, remove_adapter
-from normtune.bank import Bank, Entry, Selection
+from normtune.bank import Bank, Entry
+from normtune.bank.entries import Layout
 from normtune.errors import InputError
 from normtune.layers import unwrapped
-from normtune.strategy import tuning
 from normtune.tuned import Tuned, open_tuned
 
 
@@ -48,24 +45,12 @@ def open_alone(tuned: Tuned, adapter: Path) -> Bank:
 
 
 class Alone(Bank):
-    """A model as it is, whatever was loaded into it."""
+    """A model as it is, whatever was loaded into it: no module of it is taken hold of."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self._inner = model, unwrapped(model)
-        self._anatomy = tuning(model).anatomy
-        self._base, self._entries = Entry(None, "none", torch.empty(0)), {}
-        self._lock = threading.Lock()
+        gains = torch.empty(0, device=unwrapped(model).get_input_embeddings().weight.device)  # type: ignore[operator]
+        self._begin(model, Layout({}, {}, {}, {}, {}), Entry(None, "none", gains))
 
     def add(self, name: str, *args: Any, **options: Any) -> None:
         """Raises InputError: there is no base without an adapter here."""
         raise InputError(f"adapter {name!r} needs the base alone; merge what the model holds (normtune.merge)")
-
-    def select(self, entries: Sequence[Entry]) -> Any:
-        return entries
-
-    @contextmanager
-    def rows(self, entries: Sequence[Entry] | Selection, images: Sequence[int] = ()) -> Iterator[None]:
-        yield
-
-    def close(self) -> None:
-        """The model stays as it is."""
