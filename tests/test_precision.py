@@ -56,7 +56,10 @@ def streams(model: nn.Module) -> Iterator[list[torch.dtype]]:
         hook.remove()
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=TAKES_SLICES) if k == "dbrx" else k for k in zoo.ZOO])
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=TAKES_SLICES) if k == "dbrx" else k for k in zoo.common_first()]
+)
 def test_full_tuning_of_a_bf16_base_keeps_its_stream_and_has_fp32_gradients(kind: str) -> None:
     """Every kind of module that can hold a parameter, in one strategy."""
     model, batch = model_of(kind, BF16), zoo.batch(kind, BF16)
@@ -214,8 +217,8 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 COMPILED = [
     ("llama", "full", "aot_eager"),
-    ("gpt2", "full", "aot_eager"),
-    ("mixtral", "layernorm-simple", "aot_eager"),
+    pytest.param("gpt2", "full", "aot_eager", marks=pytest.mark.slow),
+    pytest.param("mixtral", "layernorm-simple", "aot_eager", marks=pytest.mark.slow),
     pytest.param("llama", "layernorm-simple", "aot_eager", marks=pytest.mark.slow),
     pytest.param("gpt2", "layernorm-simple", "aot_eager", marks=pytest.mark.slow),
     pytest.param("mixtral", "full", "aot_eager", marks=pytest.mark.slow),

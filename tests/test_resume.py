@@ -127,11 +127,11 @@ def test_a_run_that_is_stopped_after_every_step_is_bit_identical(
 @pytest.mark.parametrize(
     ("number", "signal_number", "after"),
     [
-        pytest.param(1, signal.SIGTERM, ("align", 0), marks=pytest.mark.heavy),
+        pytest.param(1, signal.SIGTERM, ("align", 0), marks=pytest.mark.slow),
         (8, signal.SIGINT, ("align", 2)),
         pytest.param(9, signal.SIGTERM, ("align", 3), marks=pytest.mark.slow),  # the last: the step is completed
         pytest.param(20, signal.SIGTERM, ("instruct", 0), marks=pytest.mark.heavy),
-        (35, signal.SIGINT, ("instruct", 5)),
+        pytest.param(35, signal.SIGINT, ("instruct", 5), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -649,7 +649,7 @@ def raise_input_error() -> None:
     raise InputError("a broken image")
 
 
-@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.heavy), pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [pytest.param(1, marks=pytest.mark.heavy), pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills: int, tmp_path: Path) -> None:
     found = crash(tmp_path, kills, seed=kills)
     assert found["kills"] == kills and found["differing"] == []

@@ -216,7 +216,10 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
 @pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float32, id="fp32", marks=pytest.mark.slow), pytest.param(torch.bfloat16, id="bf16")]
 )
-@pytest.mark.parametrize("strategy", ["layernorm-simple", "layernorm", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy",
+    ["layernorm-simple", *(pytest.param(name, marks=pytest.mark.slow) for name in ("layernorm", "full"))],
+)
 def test_apply_allocates_the_trainable_tensors_and_nothing_else(strategy: str, dtype: torch.dtype) -> None:
     """bf16: an fp32 tensor for each trainable one; gains leave their old tensor as the base's value, others free it.
     fp32: nothing but that copy of the trainable gains. In both: a sample of at most 4096 values of other tensors."""
@@ -320,7 +323,7 @@ def test_lora_targets(targets: list[str] | None, leaves: set[str]) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.parametrize("name", zoo.common_first())
 def test_lora_adapts_every_linear_layer_and_leaves_no_trace(name: str) -> None:
     model = zoo.model(name)
     modules = [key for key, _ in model.named_modules()]

@@ -69,7 +69,7 @@ def test_throughput_counts_the_wait_for_data() -> None:
     "options",
     [
         {"packing": False},
-        {"packing": True},
+        pytest.param({"packing": True}, marks=pytest.mark.slow),
         pytest.param({"packing": True, "micro_batch_size": 2}, marks=pytest.mark.slow),
         {"cache_features": True},
         {"activations": "8bit"},

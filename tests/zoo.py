@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -578,8 +579,22 @@ MLLM: dict[str, Row] = {
 
 ZOO: dict[str, Row] = {**TEXT, **MLLM}
 
+# Of every kind of norm, attention, MLP, mixture, state space and encoder one at least
+COMMON = (
+    "llama", "qwen3", "phi3", "olmo2", "glm4", "diffllama", "gemma2", "mixtral", "gpt_oss", "llama4_text", "dbrx",
+    "deepseek_v3", "opt", "stablelm_qk", "cohere2", "nemotron", "gpt_neox", "bloom", "falcon_new", "mpt", "gpt2",
+    "gptj", "mamba2", "jamba", "falcon_h1", "qwen3_next", "llava", "paligemma", "qwen2_5_vl", "mllama", "gemma4",
+    "blip-2",
+)  # fmt: skip
+
 # Norms without a learned gain: nothing for normtune to train
 GAINLESS: dict[str, Row] = {"olmo": llama_like("olmo"), "nanochat": llama_like("nanochat")}
+
+
+def common_first() -> list[Any]:
+    """Parameters of a test that takes long: all of the zoo, those beyond COMMON in the slow tests."""
+    assert set(COMMON) <= set(ZOO)
+    return [name if name in COMMON else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
 
 
 def skeleton(name: str) -> Any:
