@@ -193,6 +193,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.heavy
 @DTYPES
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_switching(pair: Any, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -188,6 +188,7 @@ def test_gradients(name: str, row: Row) -> None:
             assert parameter.grad is None, key
 
 
+@pytest.mark.heavy
 @rows
 def test_a_step_on_a_bf16_base_moves_every_gain(name: str, row: Row) -> None:
     model = zoo.model(name).bfloat16()

@@ -41,6 +41,7 @@ def test_gains_are_stored_in_floating_point() -> None:
         nt.bank(text_model("llama"), dtype=torch.int8)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
 def test_gains_of_past_compositions_wait_for_no_collector(kind: str, dtype: torch.dtype) -> None:

@@ -174,6 +174,7 @@ def mixed(count: int, seed: int = 0) -> list[Ask]:
     ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("options", "count"), [({"slots": 4}, 40), ({"slots": 16}, 40), ({"batching": False}, 6)])
 def test_mixed_requests_that_come_at_any_time(
     make: Callable[..., Engine], reference: Reference, options: dict[str, Any], count: int

@@ -49,6 +49,7 @@ def test_gradients_of_gains_are_those_of_autograd(name: str) -> None:
     assert_same(ours, theirs, zoo.batch(name))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("strategy", ["full", "lora", "attn-mlp", ["norms", "qk_norms", "final_norm"]], ids=str)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt_neox", "llava"])
 def test_other_strategies_get_the_same_gradients(name: str, strategy: Any) -> None:

@@ -104,6 +104,7 @@ def slope(config: dict[str, Any], strategy: str, padded: bool, activations: Any 
     return (sizes[1] - sizes[0]) / 4 / (2 * B * S * H)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_backward_keeps_the_floor(name: str, padded: bool) -> None:
@@ -111,6 +112,7 @@ def test_backward_keeps_the_floor(name: str, padded: bool) -> None:
     assert slope(config, "layernorm-simple", padded) <= floor * 1.03
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", SHAPES)
 def test_8_bit_gate_and_up_take_half(name: str) -> None:
     config, floor = SHAPES[name]

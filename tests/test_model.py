@@ -107,6 +107,7 @@ def llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("llm", ["untied-template", "tied-bare"])
 @pytest.mark.parametrize("connector", ["mlp", pytest.param("linear", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ENCODERS)

@@ -77,6 +77,7 @@ def test_full_tuning_of_a_bf16_base_keeps_its_stream_and_has_fp32_gradients(kind
     assert all(p.dtype == F32 for p in trainable(model).values())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", zoo.ZOO)
 def test_each_norm_is_as_exact_as_its_original_and_has_its_gradient(kind: str) -> None:
     """Output in bf16 against fp64; gradient of the gain against autograd through the original module in fp32."""
@@ -106,6 +107,7 @@ def test_each_norm_is_as_exact_as_its_original_and_has_its_gradient(kind: str) -
             assert distance(parameter.grad, wanted) <= 1e-5, (name, key)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("rate", [1e-5, 1e-4, 1e-3])
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
 def test_100_steps_move_every_gain_of_a_bf16_base(kind: str, rate: float) -> None:
@@ -127,6 +129,7 @@ def test_100_steps_move_every_gain_of_a_bf16_base(kind: str, rate: float) -> Non
 AUTOCAST = {"fp32-in-bf16": (F32, BF16), "fp32-in-fp16": (F32, F16), "bf16-in-bf16": (BF16, BF16)}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("base", "autocast"), AUTOCAST.values(), ids=list(AUTOCAST))
 @pytest.mark.parametrize("strategy", ["layernorm-simple", "layernorm", "full"])
 @pytest.mark.parametrize("kind", FEW)

@@ -213,6 +213,7 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
     return sum(size for address, size in found.items() if address)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float32, id="fp32", marks=pytest.mark.slow), pytest.param(torch.bfloat16, id="bf16")]
 )
