@@ -23,6 +23,7 @@ from benchmarks import evaluation as benchmark
 
 from asked import IMAGES, picture, write_benchmarks
 from command import run
+from normtune.adapter import save_adapter
 from normtune.chat import Chat, Turn
 from normtune.errors import InputError, JobError
 from normtune.evaluation import (
@@ -42,6 +43,7 @@ from normtune.evaluation.journal import Given
 from normtune.evaluation.questions import Asked
 from normtune.images import open_image
 from normtune.model import load
+from normtune.strategy import apply
 from normtune.tasks import RULES, TASKS, Rules, caption_scores, mme
 
 pytestmark = pytest.mark.heavy
@@ -413,6 +415,19 @@ def test_fingerprint_knows_any_training(pair: Any) -> None:
 
 
 # ---- comparisons -------------------------------------------------------------------------------------------
+
+
+def test_a_gate_is_said_to_be_left_out(
+    mllm_folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = load(mllm_folder)
+    apply(model, "layernorm-simple")
+    base = {"model": {"path": str(mllm_folder)}, "seed": 0}
+    for gate, said in (("image", True), ("none", False)):
+        folder = save_adapter(model, tmp_path / gate, base=base, gate=gate)
+        words = ["--benchmarks", "pope", "--data", str(data), "--limit", "2", "--out", str(tmp_path / f"{gate}.json")]
+        assert run("evaluate", str(folder), *words) == 0
+        assert ("gate is left out of account" in capsys.readouterr().err) == said
 
 
 def test_against_itself_nothing_differs(pair: Any, data: Path, tmp_path: Path) -> None:

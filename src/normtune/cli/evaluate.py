@@ -45,7 +45,7 @@ def evaluate(
 
     quiet_libraries()
     from normtune.evaluation import Settings, evaluate_into, splits_of
-    from normtune.progress import Bars
+    from normtune.progress import Bars, say
     from normtune.sharding import join
     from normtune.tuned import open_tuned, place
     from normtune.world import resolve_path
@@ -64,6 +64,8 @@ def evaluate(
             print(f"limit {limit} (the recipe's); --limit 0 asks everything", file=sys.stderr)
     unique = tuple(dict.fromkeys(names))
     settings = Settings(unique, limit or None, splits_of(split, unique), baseline, rules, mode, seed)  # type: ignore[arg-type]
+    if first and (tuned.record or {}).get("gate") == "image":
+        say("the adapter's gate is left out of account: it answers questions without an image, too")
     place(tuned.model, device)
     target = target_of(out, model, settings)
     with Bars() as bars:
