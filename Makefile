@@ -43,11 +43,13 @@ test: $(STAMP) ## Everything that a change must pass
 test-slow: $(STAMP) ## The tests that take minutes
 	$(BIN)/pytest -m slow
 
-bench: $(STAMP) ## Measure the demo, the step and the strategies; write benchmarks/results/ and the README's tables
+bench: $(STAMP) ## Measure the demo, the step, the strategies, banks and the server; write benchmarks/results/ and the README's tables
 	$(BIN)/python -m benchmarks.demo
 	$(BIN)/python -m benchmarks.step --readme
 	$(BIN)/python -m benchmarks.step --threads 1
 	$(BIN)/python -m benchmarks.compare
+	$(BIN)/python -m benchmarks.bank --readme
+	$(BIN)/python -m benchmarks.serve --readme
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,13 +4,15 @@ Llama shapes with random weights, text alone. Ways take turns at each step, so t
 a ratio is the median over rounds of the quotient within a round, with its quartiles. Decoding: one token per row and
 step on a KV cache; prefill: the prompts. The base alone is a model without a bank around the same weights. Switching:
 `set_adapter`, and a batch of another composition in a bank (gathering its gains, making its forwards). Figures go to
-benchmarks/results/bank.json (or --json FILE); `--quick` is for a look.
+benchmarks/results/bank.json (or --json FILE) and, with `--readme`, into the README's table; `--table` measures nothing.
+`--quick` is for a look.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import normtune as nt
 from benchmarks.ceilings import synchronize
+from benchmarks.readme import write_table
 from normtune.adapter import Adapter, load_adapter, set_adapter
 from normtune.adapter.loading import capture
 from normtune.bank import Bank, Entry
@@ -213,6 +216,34 @@ def show(name: str, found: dict[str, Any]) -> None:
     )
 
 
+def table(record: dict[str, Any]) -> str:
+    """Ratios to the base alone of a decoding step in float32, and what switching takes, as Markdown."""
+    shapes = {name.split()[0]: found for name, found in record["shapes"].items() if name.endswith("float32")}
+    lines = [
+        [
+            f"{record['batch']} rows, a token each",
+            *(f"{found['parameters'] / 1e6:.1f} M parameters" for found in shapes.values()),
+        ],
+        ["---"] * (len(shapes) + 1),
+    ]
+    for rows in zip(*(found["rows"] for found in shapes.values()), strict=True):
+        ratios = ["{1:.3f} ({0:.3f} to {2:.3f})".format(*row["decode_ratio"]) for row in rows]
+        name = rows[0]["way"]
+        lines.append([name, *([f"{row['decode_ms']:.1f} ms" for row in rows] if name == BASE else ratios)])
+    for key, name in (("bank_composition_ms", "other adapters in the batch"), ("set_adapter_ms", "`set_adapter`")):
+        lines.append([name, *(f"{found['switching'][key]:.1f} ms" for found in shapes.values())])
+    facts = record["provenance"]
+    where = f"{record['threads']} threads of {facts['processor']}" if record["device"] == "cpu" else record["device"]
+    return "\n".join(
+        [
+            *(f"| {' | '.join(cells)} |" for cells in lines),
+            "",
+            f"Time of a decoding step to that of the base alone (quartiles of {record['rounds']} rounds); Llama shapes, "
+            f"float32, {where}; torch {facts['versions']['torch']}.",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
@@ -223,14 +254,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the tiny shape in fp32, 3 rounds, nothing written")
+    parser.add_argument("--readme", action="store_true", help="write the README's table, too")
+    parser.add_argument("--table", action="store_true", help="measure nothing: take the stored figures")
     options = parser.parse_args()
     if options.quick:
         options.shapes, options.dtypes, options.rounds, options.steps = ["tiny"], ["float32"], 3, 4
     torch.set_num_threads(options.threads)
-    found = measure(options)
-    if not options.quick:
+    found = json.loads(options.json.read_text()) if options.table else measure(options)
+    if not (options.quick or options.table):
         options.json.parent.mkdir(exist_ok=True)
         write_json(options.json, found)
+    if options.readme:
+        write_table("bank", table(found))
 
 
 if __name__ == "__main__":

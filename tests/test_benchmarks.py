@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import compare, demo, gpu, readme, step
+from benchmarks import bank, compare, demo, gpu, readme, serve, step
 
 
 def run(module: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +74,8 @@ def test_the_comparison_in_the_readme_is_the_committed_one() -> None:
 
 def test_the_demo_in_the_readme_is_the_committed_one() -> None:
     assert demo.table(json.loads(demo.RESULTS.read_text())) in readme.README.read_text()
+
+
+@pytest.mark.parametrize("module", [bank, serve], ids=["bank", "serve"])
+def test_serving_in_the_readme_is_the_committed_one(module: Any) -> None:
+    assert module.table(json.loads(module.RESULTS.read_text())) in readme.README.read_text()
