@@ -238,7 +238,7 @@ def table(record: dict[str, Any]) -> str:
         [
             *(f"| {' | '.join(cells)} |" for cells in lines),
             "",
-            f"Time of a decoding step to that of the base alone (quartiles of {record['rounds']} rounds); Llama shapes, "
+            f"Time of a decoding step to that of the base alone (quartiles, {record['rounds']} rounds); Llama shapes, "
             f"float32, {where}; torch {facts['versions']['torch']}.",
         ]
     )
