@@ -31,7 +31,7 @@ from normtune.errors import InputError
 from normtune.evaluation import answer
 from normtune.serving import Closed, Engine, Job, Piece, QueueFull, Sampling, open_alone, open_base
 from normtune.serving.sampling import Sampler, choose
-from normtune.serving.slots import ROOM, Row, Slots
+from normtune.serving.slots import ROOM, Row, Slots, can_join
 from normtune.serving.text import Text
 from normtune.strategy import tuning
 from normtune.tuned import Tuned
@@ -283,8 +283,8 @@ def test_what_stands_for_an_image_is_never_chosen() -> None:
     logits = torch.tensor([[0.0, 9.0, 1.0], [0.0, nan, 0.0], [nan, 0.0, 0.0], [0.0, 0.0, nan]])
     tokens = choose(logits, [None, Sampler(free), Sampler(free), None], torch.tensor([1]))
     assert tokens[0] == 2 and tokens[1] in (0, 2) and all(isinstance(token, RuntimeError) for token in tokens[2:])
-    hot = Sampler(Sampling(temperature=1e308, seed=0))
-    assert set(choose(torch.zeros(40, 3), [hot] * 40, torch.tensor([1]))) == {0, 2}
+    hot = [Sampler(Sampling(temperature=1e308, seed=seed)) for seed in range(40)]
+    assert set(choose(torch.zeros(40, 3), hot, torch.tensor([1]))) == {0, 2}
 
 
 def metaspace() -> PreTrainedTokenizerFast:
@@ -508,6 +508,125 @@ def test_a_forward_that_raises_ends_one_request(
         else:
             assert one.text().strip() == expected[number]
     assert "error" in finishes
+
+
+@pytest.mark.parametrize("joins", [True, False])
+@pytest.mark.parametrize("steps", [False, True])
+def test_what_failed_together_holds_no_memory_while_rows_go_on_alone(
+    make: Callable[..., Engine], pair: Any, monkeypatch: pytest.MonkeyPatch, joins: bool, steps: bool
+) -> None:
+    """Out of memory, say: it has to be free again before that. Nor does a row that fails again keep anything."""
+    monkeypatch.setattr("normtune.serving.engine.can_join", lambda *args: joins)
+    engine, forward = make(slots=4), pair.model.forward
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        ids = kwargs["input_ids"]
+        alive.append(sum(one() is not None for one in held))
+        if steps == (ids.shape[1] == 1) and (len(ids) > 1 or len(held) < 3):
+            activations = torch.zeros(3)
+            held.append(weakref.ref(activations))
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(pair.model, "forward", broken)
+    told = [Told() for _ in range(3)]
+    for number, one in enumerate(told):
+        submit(engine, Ask(f"Say {number}", length=3), one)
+    gc.collect()
+    gc.disable()
+    try:
+        with engine:
+            assert [one.finish for one in told].count("error") == 2
+        assert len(held) == 3 and not any(alive) and not any(one() is not None for one in held)
+    finally:
+        gc.enable()
+
+
+def test_room_that_is_not_there_ends_the_row_that_needs_it(
+    make: Callable[..., Engine], reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(slots=4)
+    slots: Any = engine._runner.slots  # type: ignore[union-attr]
+    real = slots._fit
+
+    def full(rows: int, width: int, like: Any) -> None:
+        if width > 100:
+            raise RuntimeError("out of memory")
+        real(rows, width, like)
+
+    monkeypatch.setattr(slots, "_fit", full)
+    asks = [Ask("One", 1, "gains", 30), Ask("now " * 30, None, None, 60), Ask("Two", None, "whole", 30)]
+    told = [Told() for _ in asks]
+    for ask, one in zip(asks, told, strict=True):
+        submit(engine, ask, one)
+    with engine:
+        assert told[1].finish == "error" and told[1].pieces[-1].tokens > 0
+        for number in (0, 2):
+            assert told[number].text().strip() == reference(asks[number])
+
+
+def test_a_prompt_that_is_run_again_draws_the_same_numbers(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Ask("What is it", 0, "gains")
+    with make() as engine:
+        alone = [asked(engine, ask, temperature=1.0, seed=seed) for seed in range(2)]
+    engine = make()
+    slots: Any = engine._runner.slots  # type: ignore[union-attr]
+    real, calls = slots.join, []
+
+    def once(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        real(*args)
+
+    monkeypatch.setattr(slots, "join", once)
+    told = [Told(), Told()]
+    for seed, one in enumerate(told):
+        submit(engine, ask, one, temperature=1.0, seed=seed)
+    with engine:
+        assert [one.text() for one in told] == alone and len(calls) == 3
+
+
+class Panic(BaseException):
+    """As of a library in Rust: no Exception."""
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_tokenizer_that_panics_lets_nobody_wait(
+    make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    def panic(*_: Any, **__: Any) -> str:
+        raise Panic("slice index out of range")
+
+    engine, told = make(), [Told(), Told()]
+    with engine, monkeypatch.context() as patch:
+        patch.setattr(type(engine.tokenizer), "decode", panic)
+        if early:
+            patch.setattr(Text, "add", panic)
+        for one in told:
+            submit(engine, Ask("One", length=3), one)
+        assert [one.finish for one in told] == ["error"] * 2
+        assert told[0].pieces[-1].error == "Panic: slice index out of range"
+        patch.undo()
+        assert engine._thread is not None and engine._thread.is_alive()
+        late = Told()
+        submit(engine, Ask("Two", length=3), late)
+        assert late.finish in ("stop", "length")
+
+
+def test_a_model_whose_joined_rows_are_not_finite_joins_none(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Slots.step
+
+    def broken(self: Slots, *args: Any) -> torch.Tensor:
+        return step(self, *args) * float("nan")
+
+    assert can_join(pair.bank, 0, 100)
+    monkeypatch.setattr(Slots, "step", broken)
+    assert not can_join(pair.bank, 0, 100)
 
 
 @pytest.mark.parametrize("joins", [True, False])

@@ -38,6 +38,11 @@ class Piece:
     error: str | None = None
 
 
+def described(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
 class Job:
     """A request that was submitted. `prompt_tokens` includes those of images; `done` is set after the last piece."""
 
@@ -68,6 +73,8 @@ class Job:
             self.end("cancelled")
         else:
             self.tokens += 1
+            if self.sampler is not None:
+                self.sampler.taken()
             if token in stops:
                 self.end("stop")
             else:
@@ -79,15 +86,17 @@ class Job:
         return self.done
 
     def fail(self, error: BaseException) -> None:
-        text = str(error).strip().splitlines()
-        self.end("error", f"{type(error).__name__}: {text[0] if text else ''}")
+        self.end("error", described(error))
 
     def end(self, finish: Finish, error: str | None = None) -> None:
         """The last piece."""
         if self.done:
             return
         self.done = True
-        text = self._text.end()
+        try:
+            text = self._text.end()
+        except BaseException as broken:  # a panic of tokenizers: whoever asked waits for this piece
+            text, finish, error = "", "error", error or described(broken)
         if self._kept is not None:
             text = "".join(self._kept) + text
         self._tell(Piece(text, self.tokens, "stop" if self._text.stopped else finish, error))

@@ -44,9 +44,12 @@ class Joining:
             self._sweep()
         if not self.jobs:
             return
+        logits: torch.Tensor | None
         try:
             logits = self.slots.step(self._tokens)
         except Exception:  # of one row, or of all: each on its own is told the difference
+            logits = None  # below, since an error that is handled holds all that was computed before it
+        if logits is None:
             self._step_alone()
         else:
             tokens = choose(logits, [job.sampler for job in self.jobs], self.never)
@@ -61,17 +64,18 @@ class Joining:
         self.slots = Slots(self.bank, self.slots.pad, self.slots.most)
 
     def _try(self, group: Sequence[Job]) -> None:
+        tokens: list[int | Exception] | None = None
         try:
             tokens = self._prefill(group)
         except Exception as error:
             if len(group) == 1:
                 group[0].fail(error)
-            else:
-                for job in group:
-                    self._try([job])
-        else:
+        if tokens is not None:
             self._take(len(self.jobs) - len(group), tokens)
             self._sweep()
+        elif len(group) > 1:  # here, where the error and what it held in memory are gone
+            for job in group:
+                self._try([job])
 
     def _prefill(self, group: Sequence[Job]) -> list[int | Exception]:
         """The first tokens of the jobs, which are the last ones now; nobody was told anything."""
@@ -89,10 +93,11 @@ class Joining:
         for number, job in enumerate(self.jobs):
             try:
                 logits = self.slots.step([self._tokens[number]], slice(number, number + 1))
-                (token,) = choose(logits, [job.sampler], self.never)
+                tokens = choose(logits, [job.sampler], self.never)
             except Exception as error:
-                token = error
-            self._take(number, [token])
+                job.fail(error)
+            else:
+                self._take(number, tokens)
 
     def _take(self, start: int, tokens: Sequence[int | Exception]) -> None:
         """Tells the jobs from number `start` on their next tokens."""

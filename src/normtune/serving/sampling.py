@@ -60,10 +60,16 @@ class Sampler:
             self.generator.seed()
         else:
             self.generator.manual_seed(sampling.seed)
+        self._number: float | None = None
 
     def uniform(self) -> float:
-        """The next number from 0 to 1, 1 excluded."""
-        return float(torch.rand(1, generator=self.generator, dtype=torch.float64))
+        """The number of the next token, from 0 to 1, 1 excluded; the same one until that token is `taken`."""
+        if self._number is None:
+            self._number = float(torch.rand(1, generator=self.generator, dtype=torch.float64))
+        return self._number
+
+    def taken(self) -> None:
+        self._number = None
 
 
 def choose(logits: torch.Tensor, samplers: Sequence[Sampler | None], never: torch.Tensor) -> list[int | Exception]:

@@ -59,9 +59,9 @@ class Waiting:
         except Exception as error:
             if len(group) == 1:
                 group[0].fail(error)
-            for job in group:
-                if not job.done:
-                    self._try([job])
+        for job in group:  # here, where the error and what it held in memory are gone
+            if not job.done:
+                self._try([job])
 
     def _run(self, group: list[Job]) -> None:
         longest = max(job.sampling.max_new_tokens for job in group)
