@@ -85,6 +85,21 @@ def test_gains_of_images_wait_for_no_collector(strategy: Any) -> None:
         gc.enable()
 
 
+def test_an_adapter_that_is_gone_is_not_kept_by_those_who_ran_on_it() -> None:
+    """A request goes on after its adapter was removed, beside others that come and leave."""
+    model: Any = text_model("llama")
+    bank = nt.bank(model, {"a": adapter(model, 1, "layernorm"), "b": adapter(model, 2)})
+    entry, still = bank.entry("a"), bank.entry("b")
+    wanted = by_row(bank, ["a", "b"], input_ids=words(2))
+    bank.add("a", adapter(model, 3), replace=True)
+    with bank.rows([entry, still]):
+        assert torch.equal(logits(model, input_ids=words(2)), wanted)
+    assert bank.select([still]) is bank.select([still])
+    gone = weakref.ref(entry)
+    del entry
+    assert gone() is None
+
+
 def test_what_inference_mode_gathered_serves_autograd_later() -> None:
     model = text_model("llama").requires_grad_(True)
     bank = nt.bank(model, {"a": adapter(model, 1), "b": adapter(model, 2)})

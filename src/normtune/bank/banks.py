@@ -175,7 +175,8 @@ class Bank:
         return entries[name]
 
     def select(self, entries: Sequence[Entry]) -> Selection:
-        """What the rows of a batch need, for many steps; that of the last compositions is kept.
+        """What the rows of a batch need, for many steps; that of the last compositions is kept, but not of adapters
+        that the bank does not have any more.
 
         Raises:
             InputError: no rows, or the bank is closed.
@@ -183,13 +184,17 @@ class Bank:
         key = tuple(map(id, entries))
         with self._lock:
             self._check_open()
-            if key not in self._selections:
+            found = self._selections.get(key)
+            if found is None:
                 with torch.inference_mode(False):  # the next to use it may not be in it
-                    self._selections[key] = Selection(self._layout, self._ways, entries)
+                    found = Selection(self._layout, self._ways, entries)
+                if not all(e is self._base or self._entries.get(e.name or "") is e for e in entries):
+                    return found
+                self._selections[key] = found
                 if len(self._selections) > KEPT:
                     self._selections.popitem(last=False)
             self._selections.move_to_end(key)
-            return self._selections[key]
+            return found
 
     @contextmanager
     def rows(self, entries: Sequence[Entry] | Selection, images: Sequence[int] = ()) -> Iterator[None]:
