@@ -22,6 +22,7 @@ from command import run as command
 from normtune import checkpoint, step
 from normtune.errors import InputError, JobError
 from normtune.recipe import load_recipe
+from normtune.runlog import Run
 from normtune.training import Interrupted, guarding, stopping, train
 from normtune.training import loop as stage_loop
 from runs import Tensors, adapter, assert_same, checkpoints, lines, steps
@@ -643,6 +644,21 @@ def test_a_run_that_has_made_steps_is_never_removed(
             on_loss(patch, number, raise_input_error)
             train(recipe, out=tmp_path / f"run-{number}", quiet=True)
     assert len(steps(tmp_path / "run-3")) == 2 and not (tmp_path / "run-1").exists()
+
+
+def test_two_trainings_do_not_write_into_one_folder(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def second() -> None:
+        with pytest.raises(InputError, match="being trained into by another process"):
+            train(recipe, out=tmp_path / "run", resume=True, quiet=True)
+
+    before = train(recipe, out=tmp_path / "alone", quiet=True)
+    on_loss(monkeypatch, 3, second)
+    after = train(recipe, out=tmp_path / "run", quiet=True)
+    assert_same(adapter(after.folder), adapter(before.folder))
+    with Run(after.folder).alone():  # it is free again
+        pass
 
 
 def raise_input_error() -> None:

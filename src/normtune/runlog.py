@@ -23,6 +23,11 @@ from typing import Any
 
 from normtune.errors import InputError, JobError
 
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None  # type: ignore[assignment]
+
 PACKAGES = (
     "normtune",
     "torch",
@@ -170,6 +175,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def lock(opened: int, taken: str) -> None:
+    """Locks an open file or folder until it is closed, which the end of a process does, too, however it ends.
+
+    Where the file system has no such locks nobody is kept out. Raises InputError `taken` where another has locked it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(taken) from None
+    except OSError:
+        return
+
+
 class Run:
     """The folder `runs/NAME/{recipe.yaml, log.jsonl, checkpoints/, adapter/, evaluations/}`."""
 
@@ -194,6 +214,20 @@ class Run:
 
     def write(self, record: dict[str, Any]) -> None:
         append_line(self.log, {"time": round(time.time(), 3), **record})
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from training into the folder, which is there.
+
+        Raises:
+            InputError: one is at it.
+        """
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            lock(folder, f"{self.folder} is being trained into by another process; wait for it, or stop it first")
+            yield
+        finally:
+            os.close(folder)
 
     @staticmethod
     def refuse_existing(folder: Path) -> None:

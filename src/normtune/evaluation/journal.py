@@ -17,12 +17,7 @@ from typing import IO, Any
 from normtune.errors import InputError
 from normtune.evaluation.answering import TIE, Answer
 from normtune.evaluation.questions import Asked
-from normtune.runlog import sync_folder, wrapped_disk_errors
-
-try:
-    import fcntl
-except ImportError:  # no such locks on this system: nobody is kept from writing
-    fcntl = None  # type: ignore[assignment]
+from normtune.runlog import lock, sync_folder, wrapped_disk_errors
 
 NAME = "journal.jsonl"
 FORMAT = 1
@@ -77,7 +72,9 @@ class Journal:
         with wrong_place(path):
             file = path.open("ab+")
         with file:
-            _lock(file, path)
+            lock(
+                file.fileno(), f"{path} is being written by another evaluation.\nWait for it, or choose another --out."
+            )
             journal = cls(file, path, asked)
             if not journal._recover(settings):
                 journal._write({"format": FORMAT, "settings": settings})
@@ -211,14 +208,3 @@ def _check_same(settings: Mapping[str, Any], record: dict[str, Any], path: Path)
             f"{path.parent} holds answers under other settings; these differ: {shown}.\n"
             "Choose another --out, or remove that folder to start anew."
         )
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(
-            f"{path} is being written by another evaluation.\nWait for it, or choose another --out."
-        ) from None

@@ -7,9 +7,11 @@ number. Not here: what a strategy is (strategy/), one step (step.py), batches (d
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from normtune.recipe import Recipe, load_recipe, override_texts
 from normtune.runlog import Run, read_lines
 from normtune.strategy import Report, restore
 from normtune.training.evaluating import Evaluate, base_facts
-from normtune.training.loop import apply_stage, run_stage
+from normtune.training.loop import Loop, apply_stage, run_stage
 from normtune.training.peak import PEAK_OF, Peak
 from normtune.training.resuming import accept, open_trackers, recover
 from normtune.training.starting import check_lora_order, restarted, start
@@ -63,8 +65,8 @@ def train(
         overrides: recipe keys by dotted name, e.g. `seed=1`, `**{"stages.1.learning_rate": 1e-4}`.
 
     Raises:
-        InputError: wrong recipe, model or data; a run folder that exists (without `resume`); another recipe than
-            that of the run (without `force`).
+        InputError: wrong recipe, model or data; a run folder that exists (without `resume`), or that another process
+            trains into; another recipe than that of the run (without `force`).
         JobError: loss not finite, gains that do not move, disk full, out of memory.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint has been written.
     """
@@ -81,16 +83,43 @@ def train(
             say(f"{run.folder} is finished already; nothing to resume")
         tuned = open_tuned(run.folder)
         return Trained(run.folder, tuned.model, tuned.processor, None, 0.0)
-    fresh = not run.folder.exists()
-    loop = start(recipe, run, resume, quiet)
-    loop.evaluate = evaluate
-    report = None
+    with ExitStack() as held:
+        first = os.environ.get("RANK", "0") == "0"  # of several processes one holds the folder
+        there = resume and run.folder.is_dir()
+        if first and there:
+            held.enter_context(run.alone())
+        fresh = not run.folder.exists()
+        loop = start(recipe, run, resume, quiet)
+        if first and not there:
+            held.enter_context(run.alone())
+        loop.evaluate = evaluate
+        report = run_stages(loop, resume, force, changed, fresh)
+        restore(loop.model)
+        loop.accelerator.wait_for_everyone()
+        if report is None:  # resumed after the last step: the adapter still says which strategy it is of
+            report = apply_stage(loop, recipe.stages[-1])
+        if loop.accelerator.is_main_process:
+            seconds = time.monotonic() - began
+            device = loop.accelerator.device
+            memory = {"peak_bytes": peak.bytes(device), "peak_of": "GPU memory" if device.type == "cuda" else PEAK_OF}
+            loop.log({"event": "end", "seconds": round(seconds, 2), **memory})
+            save_adapter(loop.model, run.adapter, **base_facts(recipe))  # last: with it the run is finished
+            loop.say(f"adapter written to {run.adapter}")
+    attach_encoder(loop.model, recipe.model)
+    if recipe.trackers:
+        loop.accelerator.end_training()
+    return Trained(run.folder, loop.model, loop.processor, report, time.monotonic() - began)
+
+
+def run_stages(loop: Loop, resume: bool, force: bool, changed: dict[str, Any], fresh: bool) -> Report | None:
+    """The stages that are left; the last one's report, None where none was left."""
+    run, report = loop.run, None
     try:
         with loop.saver, interruptible(loop.stop):
             first, step = recover(loop, resume, force)
             accept(loop, changed)
             open_trackers(loop)
-            for index in range(first, len(recipe.stages)):
+            for index in range(first, len(loop.recipe.stages)):
                 report = run_stage(loop, index, step)
                 step = 0
     except InputError:
@@ -98,18 +127,4 @@ def train(
         if nothing and loop.accelerator.is_main_process:  # leave no run in the way
             shutil.rmtree(run.folder, ignore_errors=True)
         raise
-    restore(loop.model)
-    loop.accelerator.wait_for_everyone()
-    if report is None:  # resumed after the last step: the adapter still says which strategy it is of
-        report = apply_stage(loop, recipe.stages[-1])
-    if loop.accelerator.is_main_process:
-        seconds = time.monotonic() - began
-        device = loop.accelerator.device
-        memory = {"peak_bytes": peak.bytes(device), "peak_of": "GPU memory" if device.type == "cuda" else PEAK_OF}
-        loop.log({"event": "end", "seconds": round(seconds, 2), **memory})
-        save_adapter(loop.model, run.adapter, **base_facts(recipe))  # last: with it the run is finished
-        loop.say(f"adapter written to {run.adapter}")
-    attach_encoder(loop.model, recipe.model)
-    if recipe.trackers:
-        loop.accelerator.end_training()
-    return Trained(run.folder, loop.model, loop.processor, report, time.monotonic() - began)
+    return report
