@@ -335,6 +335,18 @@ def test_tensorboard_gets_the_figures(recipe: dict[str, Any], tmp_path: Path) ->
     assert any((tmp_path / "run" / "trackers").rglob("events.out.tfevents.*"))
 
 
+def test_a_folder_that_another_makes_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exists already"), runlog.atomic_folder(tmp_path / "run") as temporary:
+        (temporary / "mine").write_text("mine")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "theirs").write_text("theirs")
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["run", "run/theirs"]
+    (tmp_path / "empty").mkdir()
+    with runlog.atomic_folder(tmp_path / "empty") as temporary:
+        (temporary / "mine").write_text("mine")
+    assert (tmp_path / "empty" / "mine").read_text() == "mine"
+
+
 def test_torn_log_line_harms_no_other(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text('{"a": 1}\n{"a": 2')

@@ -7,6 +7,7 @@ Not here: what a checkpoint holds (training/), what an adapter holds (adapter/).
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -62,16 +63,26 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             yield temporary
             sync_tree(temporary)
             os.chmod(temporary, 0o755)
-            if path.exists():
+            if replace and path.exists():
                 retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
                 os.replace(path, retired / "was")
                 os.replace(temporary, path)
                 shutil.rmtree(retired, ignore_errors=True)
             else:
-                os.replace(temporary, path)
+                _into_place(temporary, path)
             sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _into_place(temporary: Path, path: Path) -> None:
+    """Renames a folder to what is nothing, or an empty folder; InputError where another process was faster."""
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise InputError(f"{path} exists already; choose another folder or remove it") from None
+        raise
 
 
 @contextlib.contextmanager
