@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 import normtune as nt
 from normtune.adapter import load_adapter, set_adapter
+from normtune.bank import Selection
 from normtune.bank.banks import KEPT
 from normtune.errors import InputError
 from stubs import llava, text_model
@@ -168,6 +169,18 @@ def test_a_batch_of_more_rows_than_adapters_is_refused_without_embedding_and_hea
     embedded = model.get_input_embeddings()(words())
     with pytest.raises(InputError, match="4 rows where 2"), bank.rows([bank.entry("a"), bank.entry("b")]):
         model.model(inputs_embeds=embedded)
+
+
+def test_a_norm_on_flattened_rows_is_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As [B heads, size] in some mixers: the second step does nothing but compute."""
+    model: Any = text_model("llama")
+    bank = nt.bank(model, {"a": adapter(model, 1), "b": adapter(model, 2)})
+    norm, given = model.model.layers[0].input_layernorm, torch.randn(6, 32)
+    with torch.no_grad(), bank.rows([bank.entry("a"), bank.entry("b")]):
+        wanted = norm(given.view(2, 3, 32)).flatten(0, 1)
+        assert torch.equal(norm(given), wanted)
+        monkeypatch.setattr(Selection, "forward", None)
+        assert torch.equal(norm(given), wanted)
 
 
 def test_a_copy_of_a_model_in_a_bank_is_free() -> None:

@@ -83,7 +83,11 @@ def by_batch(
         same = isinstance(value, torch.Tensor) and value.shape[:1] == given.shape[:1]
         return value.unflatten(0, (selection.size, -1)) if same else value
 
-    forward = selection.forward(name, module, before, "norm", given.dim() + 1)
+    key = (name, given.dim() + 1)
+    forward = selection.forwards.get(key)
+    if forward is None:
+        with torch.inference_mode(False):
+            forward = selection.forwards[key] = selection.forward(name, module, before, "norm", given.dim() + 1)
     result = forward(*map(apart, args), **{key: apart(value) for key, value in kwargs.items()})
     return result.flatten(0, 1)  # type: ignore[no-any-return]
 
