@@ -283,6 +283,9 @@ def test_wrong_names_and_bases_leave_the_bank_as_it_was(tmp_path: Path) -> None:
         bank.add("", made)
     with pytest.raises(InputError, match="another base"):
         bank.add("b", adapter(text_model("llama", seed=3), 1))
+    foreign = Adapter({**made.tensors, "model.layers.9.input_layernorm.weight": torch.ones(4)}, made.base)
+    with pytest.raises(InputError, match=r"another base: this model has no model\.layers\.9"):
+        bank.add("b", foreign)
     larger = text_model("llama")
     larger.resize_token_embeddings(104, mean_resizing=False)
     with pytest.raises(InputError, match="does not fit this model"):
@@ -492,7 +495,7 @@ def test_plan_prints_the_memory_of_adapters(
     options = ["--llm", str(llm_folder), *(["--vision", str(vision_folder)] if vision else []), "--adapters", "1000"]
     assert run("plan", *options) == 0
     shown = capsys.readouterr().out
-    assert "1,000 adapters of 160 gains: 0.00064 GB in float32, 0.00032 GB in bfloat16" in shown
+    assert "1,000 adapters of 160 gains: 640 kB in float32, 320 kB in bfloat16" in shown
     assert ("with a connector each" in shown) == vision
     assert run("plan", *options, "--json") == 0
     assert json.loads(capsys.readouterr().out)["bytes_bfloat16"] == 320_000

@@ -184,6 +184,12 @@ def refuse_parts(name: str, adapter: Adapter, model: nn.Module, layout: Layout, 
     """Raises InputError, with the reason, where an adapter holds what rows of one batch cannot have of their own."""
     if adapter.lora is not None:
         raise InputError(f"adapter {name!r} holds LoRA, and a bank serves gains by row; {ELSEWHERE}")
+    present = parameters(model)
+    if foreign := [key for key in adapter.tensors if key not in present]:
+        raise InputError(
+            f"adapter {name!r} belongs to another base: this model has no {foreign[0]};\n"
+            "give an adapter that was trained on this base, or serve that one on its own"
+        )
     constants = found.constants(model)
     allowed = {*layout.places}
     for root in layout.others:

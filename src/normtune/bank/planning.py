@@ -39,13 +39,18 @@ class Planned:
         return found
 
     def __str__(self) -> str:
-        text = (
-            f"{self.adapters:,} adapters of {self.gains:,} gains: {self.bytes(4) / 1e9:.3g} GB in float32, "
-            f"{self.bytes(2) / 1e9:.3g} GB in bfloat16"
-        )
+        many = "adapter" if self.adapters == 1 else "adapters"
+        text = f"{self.adapters:,} {many} of {self.gains:,} gains: {size(self.bytes(4))} in float32, "
+        text += f"{size(self.bytes(2))} in bfloat16"
         if self.connector:
-            text += f"; with a connector each {self.bytes(4, connectors=True) / 1e9:.3g} GB"
+            text += f"; with a connector each {size(self.bytes(4, connectors=True))}"
         return text
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that leaves few digits: 25.0 kB, 1.06 GB."""
+    unit, name = next((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B")) if count >= u or u == 1)
+    return f"{count / unit:.3g} {name}"
 
 
 def planned(model: nn.Module, adapters: int) -> Planned:
