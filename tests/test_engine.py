@@ -447,6 +447,15 @@ def test_a_full_queue_and_wrong_requests(make: Callable[..., Engine], pair: Any)
         submit(engine, Ask("Hi"), Told())
 
 
+@pytest.mark.parametrize("size", [(101, 1), (2, 201)])
+def test_a_line_is_no_image(make: Callable[..., Engine], size: tuple[int, int]) -> None:
+    """Its short side becomes the encoder's 336 pixels: of 20,000 x 1 pixels there were 20 GB."""
+    engine, turns = make(), [Turn("user", "<image>")]
+    with pytest.raises(InputError, match=f"{size[0]} x {size[1]} pixels is too thin"):
+        engine.prepare(turns, [PICTURES[0], Image.new("RGB", size)], None)
+    assert engine.prepare(turns, [Image.new("RGB", (100, 1))], None).pictures[0].pixels is not None
+
+
 @pytest.mark.parametrize(
     "wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0},
               {"top_p": 1.1}, {"seed": 2**63}, {"stop": ("",)}, {"stop": "no"}],

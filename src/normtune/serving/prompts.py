@@ -22,6 +22,8 @@ from normtune.evaluation.engines import Request, Stock
 from normtune.images import to_rgb
 from normtune.serving.vision import Picture, find_vision
 
+THIN = 100  # where an image's short side is scaled to n pixels, one so many times as long takes THIN n n of them
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -50,13 +52,21 @@ class Prompts:
         self.vision = find_vision(bank, processor, cache_bytes)
         self.stock = None if self.vision is not None else Stock(bank.model, processor)
         self.lock = threading.Lock()  # tokenizers are not made for several threads at a time
+        size = getattr(getattr(processor, "image_processor", None), "size", None) or {}
+        self._short = bool(size.get("shortest_edge") and not size.get("longest_edge"))  # CLIP: then cuts the middle out
 
     def prepare(self, turns: Sequence[Turn], images: Sequence[Image.Image], adapter: str | None) -> Prompt:
         """InputError: an unknown adapter, "<image>" and images that do not match, more tokens than the context has,
-        a text that is none."""
+        a text that is none, an image that is a line."""
         entry = self.bank.entry(adapter).for_request(bool(images))
         if any(re.search("[\ud800-\udfff]", turn.text) for turn in turns):  # half a pair, or a byte that is no UTF-8
             raise InputError("the text has half of a surrogate pair, which no tokenizer takes; write it as UTF-8")
+        for width, height in (image.size for image in images):
+            if self._short and max(width, height) > THIN * min(width, height):
+                raise InputError(
+                    f"an image of {width} x {height} pixels is too thin for this model's processor;\n"
+                    f"cut it to at most {THIN} times as long as wide"
+                )
         request = Request(tuple(turns), tuple(to_rgb(image) for image in images), "the request")
         if self.vision is None:
             assert self.stock is not None
