@@ -563,3 +563,54 @@ def test_switching_between_alike_adapters_writes_their_values_alone(
     assert torch.equal(logits(model), wanted["b"]) and not any(p.requires_grad for p in model.parameters())
     set_adapter(model, None)
     assert torch.equal(logits(model), base)
+
+
+@DTYPES
+@pytest.mark.parametrize("own", [None, "layernorm"], ids=["base", "trained"])
+def test_a_change_that_breaks_off_leaves_no_adapter_half_in(
+    own: str | None, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C or no memory left after some writes: the model as before the first adapter, and every verb goes on."""
+    for name, strategy in (("a", "layernorm-simple"), ("b", "layernorm-simple"), ("c", ["norms", "connector", "lora"])):
+        save_adapter(tuned(strategy, dtype, steps=1), tmp_path / name)
+    model = llava().to(dtype) if own is None else tuned(own, dtype, 3e-2)
+    before, wanted = facts(model), {None: logits(model)}
+    for name in "abc":
+        load_adapter(model, tmp_path / name, name)
+        wanted[name] = logits(model)
+    copy_, left = torch.Tensor.copy_, [0]
+
+    def breaking(self: torch.Tensor, *given: Any, **options: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return copy_(self, *given, **options)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", breaking)
+    for start, name, writes in (("a", "b", 2), ("a", "c", 5), (None, "c", 20), ("c", "a", 3), ("c", None, 2)):
+        set_adapter(model, start)
+        left[0] = writes
+        with pytest.raises(KeyboardInterrupt):
+            set_adapter(model, name)
+        assert torch.equal(logits(model), wanted[None]), (start, name)
+        set_adapter(model, name)
+        assert torch.equal(logits(model), wanted[name]), (start, name)
+    set_adapter(model, "a")
+    left[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        remove_adapter(model)
+    remove_adapter(model)
+    assert_same(model, before)
+
+
+def test_a_loaded_adapter_keeps_its_strategy(tmp_path: Path) -> None:
+    """In what is saved, and exported, from a model that it was loaded into."""
+    save_adapter(tuned(["norms", "connector"], torch.float32, steps=1), tmp_path / "a")
+    model = tuned("layernorm-simple", torch.float32, steps=1)
+    load_adapter(model, tmp_path / "a", "a")
+    save_adapter(model, tmp_path / "again")
+    record = Adapter.read(tmp_path / "again").record
+    assert (record["strategy"], record["parts"]) == ("norms+connector", ["norms", "connector"])
+    apply(model, ["final_norm"])
+    save_adapter(model, tmp_path / "more")
+    assert Adapter.read(tmp_path / "more").record["strategy"] == "final_norm"

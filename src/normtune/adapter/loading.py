@@ -53,6 +53,7 @@ class Loaded:
         active: name of the adapter in use, or None.
         placed, lora: what the active adapter has put into the model.
         own, own_lora: what was trained on the model itself, where an adapter took its place; LoRA with its options.
+        whole: whether the last change came to its end; else `placed` names whatever it may have written.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Loaded:
     lora: Lora | None = None
     own: Tensors = field(default_factory=dict)
     own_lora: tuple[dict[str, Any], Lora] | None = None
+    whole: bool = True
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, replace: bool = False, **facts: Any) -> Path:
@@ -90,11 +92,9 @@ def capture(model: nn.Module, **facts: Any) -> Adapter:
     if not names and state.lora is None:
         raise InputError("the model has no tuned tensors; call normtune.apply and train before saving an adapter")
     tensors = {name: present[name].detach().to("cpu", torch.float32) for name in names}
-    report = state.report
     record = {
         "format": FORMAT,
-        "strategy": report.strategy if report else None,
-        "parts": list(report.parts) if report else [],
+        **trained_as(model, state),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "lora": state.lora,
         "dtype": str(state.dtype).removeprefix("torch."),
@@ -105,12 +105,22 @@ def capture(model: nn.Module, **facts: Any) -> Adapter:
     return Adapter(tensors, base, record, None if state.lora is None else lora_of(model))
 
 
+def trained_as(model: nn.Module, state: Tuning) -> dict[str, Any]:
+    """Strategy and parts: those of the active adapter, unless another strategy was applied since it was loaded."""
+    loaded, report = vars(model).get(KEY), state.report
+    if loaded and loaded.active is not None and not any(p.requires_grad for p in model.parameters()):
+        record = loaded.adapters[loaded.active].record
+        return {"strategy": record.get("strategy"), "parts": list(record.get("parts") or [])}
+    return {"strategy": report.strategy if report else None, "parts": list(report.parts) if report else []}
+
+
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", *, force: bool = False) -> dict[str, Any]:
     """Reads an adapter folder, keeps it under `name` and makes it the active one; returns its record.
 
     Its tensors become fp32 and frozen, in place of the base's. An adapter of that name is replaced. What was trained
     on the model itself comes back with `remove_adapter`. A folder that PEFT's LNTuning wrote is read, too; it does
-    not say which base it belongs to, so that only names and shapes are checked.
+    not say which base it belongs to, so that only names and shapes are checked. Where a change of adapters breaks off
+    half way (Ctrl-C, no memory left), none is active afterwards.
 
     Raises:
         InputError: no adapter, a model whose own gains are not those that the adapter was trained on (unless
@@ -143,7 +153,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     loaded = vars(model).get(KEY) or Loaded()
     if name is not None:
         check_name(loaded, name)
-    if name != loaded.active:
+    if name != loaded.active or not loaded.whole:
         refuse_banked(model)
         refuse_trained(model, loaded)
         activate(model, loaded, name)
@@ -161,7 +171,7 @@ def remove_adapter(model: nn.Module, name: str | None = None) -> None:
     loaded = vars(model).get(KEY) or Loaded()
     if name is not None:
         check_name(loaded, name)
-    if loaded.active is not None and name in (None, loaded.active):
+    if not loaded.whole or (loaded.active is not None and name in (None, loaded.active)):
         refuse_trained_beside(model, loaded)
         activate(model, loaded, None)
     gone = list(loaded.adapters) if name is None else [name]
@@ -188,8 +198,18 @@ def put_tensors(model: nn.Module, state: Tuning, values: Mapping[str, torch.Tens
 
 
 def activate(model: nn.Module, loaded: Loaded, name: str | None) -> None:
-    """Puts an adapter's tensors (None: the model's own) in place of those of the active one."""
-    if name is not None and exchange(model, loaded, name):
+    """Puts an adapter's tensors (None: the model's own) in place of those of the active one; broken off, the own."""
+    try:
+        switch(model, loaded, name)
+    except BaseException:
+        if not loaded.whole:
+            switch(model, loaded, None)
+        raise
+
+
+def switch(model: nn.Module, loaded: Loaded, name: str | None) -> None:
+    """Says what it is going to write before it writes, so that it can be done again from wherever it broke off."""
+    if name is not None and loaded.whole and exchange(model, loaded, name):
         return
     settle(model)
     state, present = tuning(model), parameters(model)
@@ -202,6 +222,11 @@ def activate(model: nn.Module, loaded: Loaded, name: str | None) -> None:
         values = {**{key: t for key, t in loaded.own.items() if key not in gains}, **adapter.tensors}
         lora = None if adapter.lora is None else (adapter.record["lora"], adapter.lora)
     hold_rest(state, present, adapter.tensors)
+    hold_base(model, values)
+    if not loaded.whole and state.lora is None:
+        state.lora = {}  # some layers may have it
+    loaded.placed, loaded.whole = {**loaded.placed, **values}, False
+    mark_tuned(model, values)  # `settle` takes back what does not count as tuned
     put_lora(model, state, lora)
     put_tensors(model, state, values)
     release(state, present, {*loaded.placed, *loaded.own} - values.keys())
@@ -209,6 +234,7 @@ def activate(model: nn.Module, loaded: Loaded, name: str | None) -> None:
     mark_tuned(model, state.tuned)  # whatever has a fingerprint from now on became trainable after this
     loaded.active = name
     loaded.placed, loaded.lora = ({}, None) if name is None else (dict(values), adapter.lora)
+    loaded.whole = True
 
 
 def exchange(model: nn.Module, loaded: Loaded, name: str) -> bool:
@@ -221,17 +247,18 @@ def exchange(model: nn.Module, loaded: Loaded, name: str) -> bool:
         return False
     if any(present[key].dtype != torch.float32 or key not in state.tuned for key in adapter.tensors):
         return False
+    loaded.whole = False
     with torch.no_grad():
         for key, value in adapter.tensors.items():
             present[key].copy_(value)
-    loaded.active, loaded.placed = name, dict(adapter.tensors)
+    loaded.active, loaded.placed, loaded.whole = name, dict(adapter.tensors), True
     return True
 
 
 def note_own(model: nn.Module, loaded: Loaded, names: Container[str]) -> None:
     """Keeps those of `names` that were trained on the model itself, and its LoRA, before an adapter replaces them."""
     state, present = tuning(model), parameters(model)
-    if loaded.active is None:
+    if loaded.active is None and loaded.whole:
         loaded.own, loaded.own_lora = {}, None if state.lora is None else (state.lora, lora_of(model))
     for name in state.tuned:
         if name in names and name not in loaded.placed:
@@ -251,7 +278,7 @@ def hold_rest(state: Tuning, present: Mapping[str, nn.Parameter], names: Iterabl
 
 def release(state: Tuning, present: Mapping[str, nn.Parameter], names: set[str]) -> None:
     """The base's values again; `settle` gives back dtype and forward."""
-    for name in names:
+    for name in names & state.base.keys():  # the others have been released, in a change that broke off
         with torch.no_grad():
             present[name].copy_(state.base[name])
     state.tuned = [name for name in state.tuned if name not in names]
@@ -265,6 +292,8 @@ def check_name(loaded: Loaded, name: str) -> None:
 
 def refuse_trained(model: nn.Module, loaded: Loaded) -> None:
     """Raises InputError where training has gone on in the active adapter: switching would lose that."""
+    if not loaded.whole:
+        return
     present = {**parameters(model), **lora_parameters(model)}
     for name, value in {**loaded.placed, **(loaded.lora.tensors if loaded.lora else {})}.items():
         if name not in present or not torch.equal(present[name].detach().cpu(), value):
@@ -278,7 +307,7 @@ def refuse_trained(model: nn.Module, loaded: Loaded) -> None:
 def refuse_trained_beside(model: nn.Module, loaded: Loaded) -> None:
     """Raises InputError where something else was trained while an adapter was active: no base and no adapter has it."""
     state = tuning(model)
-    if loaded.active is None:
+    if loaded.active is None or not loaded.whole:
         return
     # everything was frozen when the adapter was loaded: what is trainable came later
     trained = [name for name in changed(model, state) if name in state.prints]
