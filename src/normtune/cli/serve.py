@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from normtune.errors import InputError
 if TYPE_CHECKING:
     from normtune.bank import Bank
 
+KEY_NAME = "NORMTUNE_API_KEY"
 KEY = "Clients must send it as a Bearer token; without, anyone who reaches the port may ask."
 WAITING = "Requests that wait for a slot at most; more get 429."
 REMOTE = "Fetch images at http(s) URLs, from public addresses alone."
@@ -24,7 +26,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     base_name: Annotated[str, typer.Option(help="The base's model name.")] = "base",
-    api_key: Annotated[str | None, typer.Option(envvar="NORMTUNE_API_KEY", help=KEY)] = None,
+    api_key: Annotated[str | None, typer.Option(envvar=KEY_NAME, help=KEY)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     slots: Annotated[int, typer.Option(min=1, help="Requests that are answered at once.")] = 16,
     max_queue: Annotated[int, typer.Option(min=1, help=WAITING)] = 256,
@@ -46,6 +48,7 @@ def serve(
     for extra in ("fastapi", "uvicorn", "prometheus_client", *(("gradio",) if ui else ())):
         need(extra, "ui" if extra == "gradio" else "serve")
     named = named_folders(adapter or [], base_name)
+    api_key = os.environ.get(KEY_NAME) if api_key is None else api_key  # typer takes an empty one for none
     api_key = api_key and api_key.strip()  # a file's line break, or a blank, is no part of it
     if api_key == "":
         raise InputError("the API key is empty; give one, or leave --api-key and NORMTUNE_API_KEY out")
