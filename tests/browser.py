@@ -50,6 +50,7 @@ def opened(browser: Any, path: Path | str, width: int, scheme: str) -> Iterator[
     """A file, or an address of a server of ours, in a window of `width` pixels that prefers the colours of `scheme`."""
     own = path if isinstance(path, str) else path.name
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(60_000)
     found = Opened(context.new_page())
     found.page.on("console", lambda message: found.logged.append(f"console: {message.text}"))
     found.page.on("pageerror", lambda error: found.logged.append(f"error: {error}"))

@@ -139,7 +139,7 @@ class Page:
             gr.on([new.click, chat.clear, chat2.clear], self.clear, None, shown, **direct)
             chosen = [first, second]
             gr.on([first.change, second.change], self.choose, chosen, [chat, chat2, column2], **direct)
-            known = gr.State([])
+            known = gr.State(None)  # a page may be opened when the last adapter is gone
             gr.on([blocks.load, gr.Timer(REFRESH).tick], self.refresh, [known, *chosen], [known, *chosen], **direct)
             blocks.unload(self.leave)
         _no_addresses(box)
@@ -187,7 +187,9 @@ class Page:
             ]
 
     def label(self, choice: str | None) -> str:
-        return self.settings.base_name if choice == BASE else str(choice)
+        if choice is None:  # it is no longer served
+            return "no model"
+        return self.settings.base_name if choice == BASE else choice
 
     async def ask(
         self, question: dict[str, Any] | None, first: str | None, second: str | None,
@@ -201,7 +203,7 @@ class Page:
             return
         question = question or {}
         text, files = str(question.get("text") or "").strip(), list(question.get("files") or [])
-        began = False
+        began, last = False, None
         try:
             if first is None:
                 raise InputError("choose a model; the one that was chosen is no longer served")
@@ -218,15 +220,19 @@ class Page:
                 began = True
                 done = all(answer.finish is not None for answer in current)
                 yield [box, *show(conversation, current), problems(current), *buttons(done)]
-            if conversation.forgotten and not self.conversations.begun(request.session_hash):
-                # what `clear` has told the page may have come before the last update from here
-                yield [skip, *EMPTY, *buttons(True)]
             self.conversations.trim()
         except NormtuneError as error:
-            yield failed(str(error))
+            last = failed(str(error))
         except Exception:
             log.exception("the page failed to answer")
-            yield failed("the server failed; its log says why")
+            last = failed("the server failed; its log says why")
+        if conversation.forgotten:
+            # what `clear` has told the page may have come before the last update from here; what is wrong with it is
+            # nobody's business any more, and the message is that of a question asked since
+            begun = self.conversations.begun(request.session_hash)
+            last = None if begun else [skip, *EMPTY[:4], skip, *buttons(True)]
+        if last is not None:
+            yield last
 
     def stop(self, request: gr.Request) -> None:
         self.conversations.of(request.session_hash).stop()
@@ -243,7 +249,7 @@ class Page:
         two = second not in (NONE, None)
         return [gr.update(label=self.label(first)), gr.update(label=self.label(second)), gr.update(visible=two)]
 
-    def refresh(self, known: list[str], first: str | None, second: str | None) -> list[Any]:
+    def refresh(self, known: list[str] | None, first: str | None, second: str | None) -> list[Any]:
         """The adapters of now in both choices; one that is gone is chosen no more."""
         names = list(self.engine.bank.names)
         if names == known:
