@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normtune.adapter import Adapter, load_adapter, save_adapter
+from normtune.adapter import Adapter, load_adapter, save_adapter, weighted_sum
 from normtune.adapter.files import Lora
 from normtune.errors import InputError
 from normtune.strategy import apply
@@ -130,6 +130,10 @@ BOTH = Adapter({**GAIN, **CONNECTOR}, BASE)
         (lambda: BOTH.scale(math.nan), "finite"),
         (lambda: Adapter(GAIN, BASE) + Adapter(GAIN, OTHER), r"different bases: first norm\.weight"),
         (lambda: Adapter(GAIN, BASE).interpolate(Adapter(GAIN, OTHER), 0.5), r"different bases: first norm\.weight"),
+        (
+            lambda: Adapter(GAIN, {**BASE, "a#64": torch.ones(64)}) + Adapter(GAIN, {**BASE, "a#64": torch.zeros(64)}),
+            r"first a \(64 values of it\)",
+        ),
         (lambda: Adapter(GAIN, BASE).diff(Adapter(GAIN, OTHER)), r"different bases: first norm\.weight"),
         (lambda: Adapter(GAIN, BASE) + Adapter(GAIN, {**BASE, "more.weight": torch.ones(3)}), r"first more\.weight"),
         (lambda: Adapter(GAIN, BASE) + Adapter(GAIN), "holds no gains of its base"),
@@ -141,7 +145,15 @@ BOTH = Adapter({**GAIN, **CONNECTOR}, BASE)
         (lambda: Adapter(GAIN, BASE) + Adapter(GAIN, BASE, lora=Lora({}, {})), "LoRA inside"),
     ],
     ids=[
-        *("scale without base", "scale nan", "add bases", "interpolate bases", "diff bases", "add layers"),
+        *(
+            "scale without base",
+            "scale nan",
+            "add bases",
+            "interpolate bases",
+            "add values",
+            "diff bases",
+            "add layers",
+        ),
         *("add no base", "add two connectors", "interpolate one connector", "shapes", "share", "lora", "add lora"),
     ],
 )
@@ -162,6 +174,26 @@ def test_tensors_without_a_base() -> None:
     alone = BOTH.interpolate(Adapter(GAIN, BASE), 0.5, keep_rest=True)
     assert torch.equal(alone.tensors["connector.weight"], torch.eye(3))
     assert [row.largest for row in BOTH.diff(Adapter(GAIN, BASE))] == [None, 0.0]
+
+
+def test_norms_whose_base_only_one_adapter_holds() -> None:
+    """Those of a vision encoder: an adapter that leaves them alone does not hold their base, and has its values."""
+    vision = {"vision.norm.weight": torch.tensor([3.0, 4.0])}
+    seeing = Adapter({**GAIN, "vision.norm.weight": torch.tensor([5.0, 4.0])}, {**BASE, **vision})
+    for mixed in (seeing.interpolate(Adapter(GAIN, BASE), 0.75), Adapter(GAIN, BASE).interpolate(seeing, 0.25)):
+        assert torch.equal(mixed.tensors["vision.norm.weight"], torch.tensor([3.5, 4.0]))
+        assert torch.equal(mixed.base["vision.norm.weight"], vision["vision.norm.weight"])
+    assert [row.largest for row in Adapter(GAIN, BASE).diff(seeing)] == [0.0, 2.0]
+    half = weighted_sum([Adapter(GAIN, BASE), seeing], [0.75, 0.25])
+    assert torch.equal(half.tensors["vision.norm.weight"], torch.tensor([3.5, 4.0]))
+
+
+def test_values_that_float32_cannot_hold_are_refused() -> None:
+    """They would be written, and no reader would take them."""
+    both = (Adapter(GAIN, BASE), Adapter(GAIN, BASE))
+    for operation in (lambda: both[0].scale(1e39), lambda: weighted_sum(both, [1e39, 1])):
+        with pytest.raises(InputError, match=r"norm\.weight gets values that float32 cannot hold"):
+            operation()
 
 
 def test_record_says_what_it_was_made_of(tmp_path: Path) -> None:

@@ -209,3 +209,8 @@ def test_lines_from_a_pipe(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert run("chat", str(runs / "gains"), "--max-new-tokens", "8") == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1 and "surrogate" in err and err.count("tokens/s") == 1
+
+
+def test_a_wrong_adapter_is_told_before_the_model_is_loaded(terminal: Terminal, runs: Path) -> None:
+    terminal(str(runs / "no-model"), "--adapter", f"x={runs / 'no-adapter'}", code=2)
+    assert "no-adapter (no such folder)" in terminal.err

@@ -240,7 +240,19 @@ def test_unfinished_run_is_no_model(recipe: dict[str, Any], capsys: pytest.Captu
     assert run("train", write(recipe)) == 0
     shutil.rmtree("runs/toy/adapter")
     assert run("chat", "runs/toy", "Hello") == 2
-    assert "--resume" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "normtune train runs/toy/recipe.yaml --out runs/toy --resume" in said
+    assert run("train", "runs/toy/recipe.yaml", "--out", "runs/toy", "--resume") == 0
+    assert run("chat", "runs/toy", "Hello") == 0
+
+
+def test_evaluate_refuses_wrong_data_before_it_opens_the_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", "no-model", "--benchmarks", "pope", "--data", "no-data") == 2
+    assert "no-data: no such folder" in capsys.readouterr().err
+    assert run("evaluate", "no-model", "--benchmarks", "pop", "--data", ".") == 2
+    assert "did you mean 'pope'" in capsys.readouterr().err
+    assert run("evaluate", "no-model") == 2
+    assert "no-model is no folder here" in capsys.readouterr().err
 
 
 def test_init_prints_a_recipe_that_loads(recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from normtune.adapter.loading import capture
 from normtune.errors import InputError
 from normtune.exporting import apply_to_gguf
 from normtune.exporting.gguf_base import MARK, positions, tolerance
+from normtune.exporting.gguf_files import open_gguf
 from normtune.exporting.gguf_rule import ratio_rule
 from normtune.strategy import apply, witnesses
 from normtune.structure import anatomy
@@ -288,6 +289,13 @@ def test_names_that_the_table_does_not_know_are_found_by_value(tmp_path: Path) -
     base = write_base(tmp_path / "base.gguf", text_model(), rename=rename, architecture="brandnew")
     done = apply_to_gguf(tuned(text_model()), base, tmp_path / "out.gguf")
     assert "blk.1.strange_norm.weight" in done.changed and len(done.changed) == 5
+
+
+def test_another_file_is_told_from_a_damaged_one(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG and so on")
+    with pytest.raises(InputError, match=r"a\.png is no GGUF file") as error:
+        open_gguf(tmp_path / "a.png")
+    assert "damaged" not in str(error.value)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.999])

@@ -140,7 +140,8 @@ def open_tuned(path: str | Path, *, force: bool = False, unquantized: bool = Fal
     if (folder / "recipe.yaml").is_file():
         if not (folder / "adapter" / "adapter.json").is_file():
             raise InputError(
-                f"{folder} has no adapter yet: the run is not finished; go on with `normtune train --resume`"
+                f"{folder} has no adapter yet: the run is not finished; go on with\n"
+                f"normtune train {folder / 'recipe.yaml'} --out {folder} --resume"
             )
         recipe = load_recipe(folder / "recipe.yaml")
         model, processor = build(floating(recipe.model) if unquantized else recipe.model, recipe.seed)

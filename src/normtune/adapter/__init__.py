@@ -6,7 +6,7 @@ PEFT's format. Not here: the state of a training (checkpoint.py).
 """
 
 from normtune.adapter.arithmetic import Adapter, Difference, weighted_sum
-from normtune.adapter.files import adapter_folder, read_adapter
+from normtune.adapter.files import adapter_folder, find_adapter, read_adapter
 from normtune.adapter.interchange import export_peft
 from normtune.adapter.loading import load_adapter, put_tensors, remove_adapter, save_adapter, set_adapter
 from normtune.adapter.merging import Survival, merge, survival
@@ -17,6 +17,7 @@ __all__ = [
     "Survival",
     "adapter_folder",
     "export_peft",
+    "find_adapter",
     "load_adapter",
     "merge",
     "put_tensors",

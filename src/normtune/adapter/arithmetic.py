@@ -143,7 +143,7 @@ class Adapter:
         if not 0 <= share <= 1:
             raise InputError(f"cannot interpolate with share {share}; give 0 (the first) to 1 (the other)")
         check_same_base(self, other)
-        first, second = {**self.base, **self.tensors}, {**other.base, **other.tensors}
+        first, second = self.beside(other), other.beside(self)
         mixed = {}
         for name in {**self.tensors, **other.tensors}:
             alone = [side[name] for side in (first, second) if name in side]
@@ -155,6 +155,13 @@ class Adapter:
             mixed[name] = alone[0] if len(alone) == 1 else mix(first[name], second[name], share)
         return Adapter(mixed, {**other.base, **self.base}, made_of(f"interpolate {share:g}", mixed, self, other))
 
+    def beside(self, other: Adapter) -> Tensors:
+        """Its values, next to those of an adapter of the same base: where it leaves a tensor alone, the base's.
+
+        Of a vision encoder's norms an adapter holds the base's values only where it trained them.
+        """
+        return {**other.base, **self.base, **self.tensors}
+
     def diff(self, other: Adapter) -> list[Difference]:
         """One row per tensor of either adapter, in the order of the names.
 
@@ -163,7 +170,7 @@ class Adapter:
         """
         refuse_lora("compare", self, other)
         check_same_base(self, other)
-        first, second = {**self.base, **self.tensors}, {**other.base, **other.tensors}
+        first, second = self.beside(other), other.beside(self)
         rows = []
         for name in sorted({**self.tensors, **other.tensors}):
             if name not in first or name not in second:
@@ -224,7 +231,8 @@ def check_same_base(a: Adapter, b: Adapter) -> None:
         )
     wrong = other_base(a.base, b.base, {**a.tensors, **b.tensors})
     if wrong is not None:
-        raise InputError(f"the adapters belong to different bases: first {wrong}; give adapters of one base")
+        shown = wrong.replace("#64", " (64 values of it)")
+        raise InputError(f"the adapters belong to different bases: first {shown}; give adapters of one base")
     for name in a.tensors.keys() & b.tensors.keys():
         if a.tensors[name].shape != b.tensors[name].shape:
             shapes = f"{tuple(a.tensors[name].shape)} and {tuple(b.tensors[name].shape)}"
@@ -246,7 +254,14 @@ def other_base(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], tra
 
 
 def made_of(how: str, tensors: Tensors, *adapters: Adapter) -> dict[str, Any]:
-    """The record of an adapter that arithmetic made: scores and recipes of its sources are not its own."""
+    """The record of an adapter that arithmetic made: scores and recipes of its sources are not its own.
+
+    Raises:
+        InputError: values that float32 cannot hold.
+    """
+    large = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+    if large is not None:
+        raise InputError(f"{how}: {large} gets values that float32 cannot hold; give smaller numbers")
     first = adapters[0].record
     records = [adapter.record for adapter in adapters]
     sources = [{key: r[key] for key in ("strategy", "recipe", "made") if r.get(key)} for r in records]

@@ -40,6 +40,19 @@ def adapter_folder(path: str | Path) -> Path:
     return folder / "adapter" if (folder / "recipe.yaml").is_file() else folder
 
 
+def find_adapter(path: str | Path) -> Path:
+    """As `adapter_folder`; raises InputError where no adapter is, ours or PEFT's: asked before a model is loaded."""
+    folder = adapter_folder(path)
+    if not any((folder / name).is_file() for name in ("adapter.json", CONFIG)):
+        raise none_in(folder)
+    return folder
+
+
+def none_in(folder: Path) -> InputError:
+    why = "adapter.json is missing" if folder.is_dir() else "no such folder"
+    return InputError(f"no adapter in {folder} ({why}); give the folder of a finished run, or of an adapter")
+
+
 def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors (the base's under `base.`) and the record of an adapter folder.
 
@@ -50,7 +63,7 @@ def read_adapter(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str,
     if not (folder / "adapter.json").is_file():
         if (folder / CONFIG).is_file():
             raise InputError(f"{folder} is an adapter in PEFT's format; normtune.load_adapter puts it into a model")
-        raise InputError(f"no adapter in {folder} (adapter.json is missing); give the adapter folder of a finished run")
+        raise none_in(folder)
     record = read_json(folder / "adapter.json", "the adapter's record")
     if not isinstance(record, dict):
         raise InputError(f"{folder / 'adapter.json'} is damaged (no record in it); copy the adapter again")

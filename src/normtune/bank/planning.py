@@ -49,7 +49,8 @@ class Planned:
 
 def size(count: int) -> str:
     """Bytes in the unit that leaves few digits: 25.0 kB, 1.06 GB."""
-    unit, name = next((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B")) if count >= u or u == 1)
+    units = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B"))
+    unit, name = next(((unit, name) for unit, name in units if count >= unit), units[-1])
     return f"{count / unit:.3g} {name}"
 
 

@@ -131,16 +131,17 @@ def opened(path: str, named: dict[str, str], device: str = "auto") -> Iterator[t
     """An engine for the base at `path`, its own adapter and the named ones, and who answers first: the run's own
     adapter, else the first that is named, else the base."""
     import normtune
-    from normtune.adapter import adapter_folder
+    from normtune.adapter import find_adapter
     from normtune.errors import InputError
     from normtune.progress import say
     from normtune.serving import Engine, open_alone, open_base
     from normtune.tuned import place
     from normtune.world import resolve_path
 
+    others = {name: find_adapter(folder) for name, folder in named.items()}
     tuned, own = open_base(resolve_path(path))
     place(tuned.model, device)
-    adapters = {**dict(own), **{name: adapter_folder(folder) for name, folder in named.items()}}
+    adapters = {**dict(own), **others}
     try:
         bank = normtune.bank(tuned.model, adapters)
     except InputError:

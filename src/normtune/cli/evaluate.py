@@ -41,10 +41,9 @@ def evaluate(
     Example: normtune evaluate runs/world --benchmarks pope,mme --data eval/
     """
     from normtune.cli.output import print_json, quiet_libraries
-    from normtune.errors import InputError
 
     quiet_libraries()
-    from normtune.evaluation import Settings, evaluate_into, splits_of
+    from normtune.evaluation import Settings, data_folder, evaluate_into, splits_of
     from normtune.progress import Bars, say
     from normtune.sharding import join
     from normtune.tuned import open_tuned, place
@@ -52,18 +51,15 @@ def evaluate(
 
     first = os.environ.get("RANK", "0") == "0"  # of several processes (torchrun): it writes and speaks
     join(cpu=device == "cpu")
-    tuned = open_tuned(model, dtype=dtype)
-    asked = tuned.recipe.evaluate if tuned.recipe else None
-    names = [name.strip() for name in benchmarks.split(",")] if benchmarks else (asked.benchmarks if asked else [])
-    folder = data or (asked.data if asked else None)
-    if not names or folder is None:
-        raise InputError(f"{model} has no `evaluate` section in a recipe: give --benchmarks and --data")
-    if limit is None and asked and asked.limit and not benchmarks and not data:
-        limit = asked.limit
+    names, folder, recipes = asked_for(model, benchmarks, data)
+    if limit is None and recipes:
+        limit = recipes
         if first:
             print(f"limit {limit} (the recipe's); --limit 0 asks everything", file=sys.stderr)
     unique = tuple(dict.fromkeys(names))
     settings = Settings(unique, limit or None, splits_of(split, unique), baseline, rules, mode, seed)  # type: ignore[arg-type]
+    root = data_folder(resolve_path(folder))
+    tuned = open_tuned(model, dtype=dtype)  # it may take minutes, unlike what is refused above
     if first and (tuned.record or {}).get("gate") == "image":
         say("the adapter's gate is left out of account: it answers questions without an image, too")
     place(tuned.model, device)
@@ -74,7 +70,7 @@ def evaluate(
             tuned.model,
             tuned.processor,
             settings,
-            resolve_path(folder),
+            root,
             about=about(model, tuned),
             batch_size=batch_size,
             against=against,
@@ -87,6 +83,21 @@ def evaluate(
         print_json({"result": str(target), **document})
     else:
         show(document, target)
+
+
+def asked_for(model: str, benchmarks: str | None, data: str | None) -> tuple[list[str], str, int | None]:
+    """Names of the benchmarks, their folder, and a limit where all is as the run's recipe says."""
+    from normtune.errors import InputError
+    from normtune.recipe import load_recipe
+
+    own = Path(model) / "recipe.yaml"
+    asked = load_recipe(own).evaluate if own.is_file() else None
+    names = [name.strip() for name in benchmarks.split(",")] if benchmarks else (asked.benchmarks if asked else [])
+    folder = data or (asked.data if asked else None)
+    if not names or folder is None:
+        why = "has no recipe with an `evaluate` section" if Path(model).exists() else "is no folder here"
+        raise InputError(f"{model} {why}: give --benchmarks and --data")
+    return names, folder, asked.limit if asked and not benchmarks and not data else None
 
 
 def about(model: str, tuned: Tuned) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from normtune.evaluation.engines import Request, takes_features
 from normtune.evaluation.formats import Predictions
 from normtune.evaluation.journal import NAME as JOURNAL
 from normtune.evaluation.journal import Given, Journal, wrong_place
-from normtune.evaluation.questions import Asked, Settings, ask, splits_of
+from normtune.evaluation.questions import Asked, Settings, ask, data_folder, splits_of
 from normtune.evaluation.results import FORMAT, conditions, describe, identity, read_measured, scores_of
 from normtune.evaluation.selection import BASELINES, Baseline, select, shuffled_images
 from normtune.evaluation.spreading import Answers, from_first, processes, spread
@@ -41,6 +41,7 @@ __all__ = [
     "Settings",
     "answer",
     "ask",
+    "data_folder",
     "evaluate_into",
     "evaluate_model",
     "identity",

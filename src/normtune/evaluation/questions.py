@@ -120,13 +120,19 @@ class Asked(Sequence[Request]):
         return digest.hexdigest()
 
 
+def data_folder(data: str | Path) -> Path:
+    """The folder of the benchmarks. InputError where there is none."""
+    root = Path(data)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder.\nGive the folder that holds the benchmarks' files.")
+    return root
+
+
 def ask(settings: Settings, data: str | Path) -> list[Asked]:
     """The questions of every benchmark below the folder `data`, in the files' order.
 
     InputError for missing or wrong files, an unknown split and missing images: all are looked at, none is opened."""
-    root = Path(data)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder.\nGive the folder that holds the benchmarks' files.")
+    root = data_folder(data)
     asked = []
     for name in dict.fromkeys(settings.benchmarks):
         items = select(TASKS[name].load(root, settings.split.get(name)), settings.limit, settings.seed)

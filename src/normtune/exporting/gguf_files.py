@@ -45,8 +45,10 @@ def open_gguf(path: Path) -> Any:
         with path.open("rb") as file:
             magic = file.read(4)
         if magic != b"GGUF":
-            raise InputError(f"{path} is no GGUF file (it begins with {magic!r})")
+            raise InputError(f"{path} is no GGUF file (it begins with {magic!r}); give the base LLM's")
         reader = gguf.GGUFReader(path)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, IndexError, OverflowError, TypeError) as error:
