@@ -447,6 +447,37 @@ def test_a_full_queue_and_wrong_requests(make: Callable[..., Engine], pair: Any)
         submit(engine, Ask("Hi"), Told())
 
 
+@pytest.mark.parametrize("stock", [True, False])
+def test_images_that_wait_are_held_within_a_limit(
+    pair: Any, stock: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is asked through its processor keeps whole pictures until it is their turn."""
+    held, processor = pair.bank, pair.processor
+    if stock:
+        llava_next(tmp_path / "model")
+        model, processor = nt.load(str(tmp_path / "model"))
+        held = bank(model)
+    engine = Engine(held, processor)
+    size = 3 * PICTURES[0].width * PICTURES[0].height if stock else 3 * 32 * 32 * 4
+    monkeypatch.setattr("normtune.serving.engine.PIXELS", 2 * size)
+    told = [Told() for _ in range(4)]
+    first = submit(engine, Ask("One", 0, length=2), told[0])
+    assert first.bytes == size
+    submit(engine, Ask("Two", 1, length=2), told[1])
+    with pytest.raises(QueueFull, match=f"{2 * size:,} bytes of images"):
+        submit(engine, Ask("Three", 2, length=2), Told())
+    submit(engine, Ask("Four", length=2), told[2])
+    first.cancel()
+    submit(engine, Ask("Five", 2, length=2), told[3])
+    assert told[0].finish == "cancelled"
+    with engine:
+        assert all(one.finish in ("length", "stop") for one in told[1:])
+        large = Told()
+        submit(engine, Ask("Six", 3, length=2), large)
+        assert large.finish in ("length", "stop")
+    assert not hasattr(first, "prompt")
+
+
 @pytest.mark.parametrize("size", [(101, 1), (2, 201)])
 def test_a_line_is_no_image(make: Callable[..., Engine], size: tuple[int, int]) -> None:
     """Its short side becomes the encoder's 336 pixels: of 20,000 x 1 pixels there were 20 GB."""

@@ -31,6 +31,7 @@ from normtune.serving.slots import can_join
 from normtune.serving.waiting import Waiting
 
 IMAGE_CACHE = 256 * 2**20
+PIXELS = 2 * 2**30  # bytes that all requests together hold: a picture of one colour is large, and its file is not
 TOGETHER, PATIENCE = 4, 4  # under load prompts join a quarter of the slots at a time, or after so many steps
 
 
@@ -166,7 +167,7 @@ class Engine:
 
         Raises:
             InputError: prompt and answer may be longer than the context.
-            QueueFull: `max_queue` requests wait. Closed: the engine takes no more.
+            QueueFull: `max_queue` requests wait, or images of PIXELS bytes. Closed: the engine takes no more.
         """
         if self.max_context is not None and prompt.tokens + sampling.max_new_tokens > self.max_context:
             raise InputError(
@@ -177,8 +178,8 @@ class Engine:
         with self._change:
             if self._closing:
                 raise Closed("the engine is closed")
-            gone = self._cancelled() if len(self._queue) >= self.max_queue else []  # a step may take long
-            full = len(self._queue) >= self.max_queue
+            gone = self._cancelled() if self._full(job) else []  # a step may take long
+            full = self._full(job)
             if not full:
                 self._queue.append(job)
                 self._change.notify()
@@ -186,8 +187,15 @@ class Engine:
         for other in gone:
             other.end("cancelled")
         if full:
-            raise QueueFull(f"{self.max_queue} requests wait already; try again later")
+            raise QueueFull(f"{full} wait already; try again later")
         return job
+
+    def _full(self, job: Job) -> str:
+        """What there is too much of for one more, if anything; under the queue's lock."""
+        if len(self._queue) >= self.max_queue:
+            return f"{self.max_queue} requests"
+        others = sum(one.bytes for one in {*self._queue, *self._taken, *self._runner.jobs})
+        return f"{others:,} bytes of images" if others and others + job.bytes > PIXELS else ""
 
     def _cancelled(self) -> list[Job]:
         """Takes those that were cancelled out of the queue; under its lock."""

@@ -44,12 +44,13 @@ def described(error: BaseException) -> str:
 
 
 class Job:
-    """A request that was submitted. `prompt_tokens` includes those of images; `done` is set after the last piece."""
+    """A request that was submitted. `prompt_tokens` includes those of images; `done` is set before the last piece, and
+    there is no `prompt` any more then."""
 
     def __init__(
         self, prompt: Prompt, sampling: Sampling, on_piece: Callable[[Piece], None], tokenizer: Any, whole: bool
     ) -> None:
-        self.prompt, self.sampling = prompt, sampling
+        self.prompt, self.sampling, self.bytes = prompt, sampling, prompt.bytes
         self.prompt_tokens, self.tokens, self.done = prompt.tokens, 0, False
         self.cancelled = False
         self.sampler = Sampler(sampling) if sampling.temperature > GREEDY else None
@@ -99,6 +100,8 @@ class Job:
             text, finish, error = "", "error", error or described(broken)
         if self._kept is not None:
             text = "".join(self._kept) + text
+        del self.prompt  # and its images, however long who asked keeps the job
+        self.bytes = 0
         self._tell(Piece(text, self.tokens, "stop" if self._text.stopped else finish, error))
 
     def _show(self, text: str) -> None:

@@ -40,6 +40,13 @@ class Prompt:
     pictures: tuple[Picture, ...]
     tokens: int
 
+    @property
+    def bytes(self) -> int:
+        """Of pixels that wait for the model; features are shared, and counted by their cache."""
+        images = self.request.images if self.request is not None else ()
+        whole = sum(3 * image.width * image.height for image in images if isinstance(image, Image.Image))
+        return whole + sum(picture.pixels.nbytes for picture in self.pictures if picture.pixels is not None)
+
 
 class Prompts:
     """Makes prompts for the models of a bank; all of it may be called from any thread.
