@@ -201,6 +201,22 @@ def test_connector_alone_needs_no_gguf_file(
     assert "stays as it is" in capsys.readouterr().out and [p.name for p in Path("out2").iterdir()] == ["mmproj.gguf"]
 
 
+def test_folders_that_cannot_be_put_in_place_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The current folder cannot be exchanged for another one; a link would be, and what it names stay empty."""
+    for name in ("current", "real"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path / "current")
+    for out, words in ((".", "give a new one in it: exported"), ("../link", "is a link"), ("../dangling", "is a link")):
+        for command in (["export", "x"], ["merge", "x"], ["merge", "x", "y"]):
+            assert run(*command, "--out", out) == 2
+            assert words in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["current", "dangling", "link", "real"]
+
+
 def test_nothing_half_written_stays(mllm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fills up while the file is written."""
     model, base = tuned(text_model()), write_base(tmp_path / "base.gguf", text_model())
@@ -339,6 +355,20 @@ def test_weighted_sum_of_tensors_without_a_base() -> None:
     ):
         with pytest.raises(InputError, match=words):
             weighted_sum(others, weights)
+
+
+def test_merge_says_which_gate_holds(
+    mllm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_adapter(mllm, tmp_path / "a", ["norms"])
+    write_adapter(mllm, tmp_path / "b", ["norms"], 1, gate="image")
+    assert run("merge", "b", "a", "--out", "gated") == 0
+    assert "the gates differ (image of b, none of a): the first's holds" in capsys.readouterr().out
+    assert run("merge", "a", "b", "--out", "open", "--json") == 0
+    assert document(capsys.readouterr().out)["gate"] == "none"
+    assert [Adapter.read(name).record["gate"] for name in ("gated", "open")] == ["image", None]
+    assert run("merge", "a", "b", "--weights", "", "--out", "new") == 2
 
 
 def test_merge_of_several_and_between_two(

@@ -69,11 +69,12 @@ def merge(
 
         adapters = {**{run: adapter_folder(run) for run in runs}, **folders}
         found = score(runs[0], adapters, *asked, limit, force)
-    note = rest_note(list(sources.values()), list(made.values()))
+    note, gates = rest_note(list(sources.values()), list(made.values())), gates_of(sources)
     if json:
-        print_json({"out": str(out), "made": {n: str(f) for n, f in folders.items()}, "rest": note, "scores": found})
+        paths = {name: str(folder) for name, folder in folders.items()}
+        print_json({"out": str(out), "made": paths, "rest": note, "gate": next(iter(gates.values())), "scores": found})
     else:
-        show(folders, note, found)
+        show(folders, note, found, gates)
 
 
 def refuse_idle(
@@ -105,7 +106,7 @@ def numbers(text: str, what: str) -> list[float]:
 def summed(sources: Mapping[str, Adapter], weights: str | None, keep_rest: bool) -> dict[str, Adapter]:
     from normtune.adapter import weighted_sum
 
-    shares = numbers(weights, "--weights") if weights else [1 / len(sources)] * len(sources)
+    shares = numbers(weights, "--weights") if weights is not None else [1 / len(sources)] * len(sources)
     label = " + ".join(f"{weight:g} {name}" for weight, name in zip(shares, sources, strict=False))
     return {label: weighted_sum(list(sources.values()), shares, keep_rest=keep_rest)}
 
@@ -200,7 +201,12 @@ def score(
     return found
 
 
-def show(folders: Mapping[str, Path], note: str, found: Mapping[str, Any]) -> None:
+def gates_of(sources: Mapping[str, Adapter]) -> dict[str, str]:
+    """Name -> gate; that of the first holds for what is made of them."""
+    return {name: adapter.record.get("gate") or "none" for name, adapter in sources.items()}
+
+
+def show(folders: Mapping[str, Path], note: str, found: Mapping[str, Any], gates: Mapping[str, str]) -> None:
     from normtune.cli.evaluate import span
     from normtune.cli.output import print_table
 
@@ -208,6 +214,9 @@ def show(folders: Mapping[str, Path], note: str, found: Mapping[str, Any]) -> No
         print(f"{folder}: {label}")
     if note:
         print(note)
+    if len(set(gates.values())) > 1:
+        held = ", ".join(f"{gate} of {name}" for name, gate in gates.items())
+        print(f"the gates differ ({held}): the first's holds")
     if found:
         names = list(next(iter(found.values())))
         rows = [
