@@ -459,14 +459,15 @@ def test_images_that_wait_are_held_within_a_limit(
         held = bank(model)
     engine = Engine(held, processor)
     size = 3 * PICTURES[0].width * PICTURES[0].height if stock else 3 * 32 * 32 * 4
-    monkeypatch.setattr("normtune.serving.engine.PIXELS", 2 * size)
     told = [Told() for _ in range(4)]
-    first = submit(engine, Ask("One", 0, length=2), told[0])
+    monkeypatch.setattr("normtune.serving.engine.PIXELS", 1)
+    first = submit(engine, Ask("One", 0, length=2), told[0])  # more than that, but it is the only one
     assert first.bytes == size
+    submit(engine, Ask("Four", length=2), told[2])
+    monkeypatch.setattr("normtune.serving.engine.PIXELS", 2 * size)
     submit(engine, Ask("Two", 1, length=2), told[1])
     with pytest.raises(QueueFull, match=f"{2 * size:,} bytes of images"):
         submit(engine, Ask("Three", 2, length=2), Told())
-    submit(engine, Ask("Four", length=2), told[2])
     first.cancel()
     submit(engine, Ask("Five", 2, length=2), told[3])
     assert told[0].finish == "cancelled"

@@ -194,7 +194,7 @@ class Engine:
         """What there is too much of for one more, if anything; under the queue's lock."""
         if len(self._queue) >= self.max_queue:
             return f"{self.max_queue} requests"
-        others = sum(one.bytes for one in {*self._queue, *self._taken, *self._runner.jobs})
+        others = sum(one.bytes for one in {*self._queue, *self._taken, *self._runner.jobs}) if job.bytes else 0
         return f"{others:,} bytes of images" if others and others + job.bytes > PIXELS else ""
 
     def _cancelled(self) -> list[Job]:
