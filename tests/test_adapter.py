@@ -493,7 +493,7 @@ def sibling() -> Any:
 @pytest.mark.parametrize("strategy", ["layernorm-simple", "layernorm", "attn-qv"])
 def test_a_sibling_with_the_same_gains_is_another_base(strategy: str, dtype: torch.dtype, tmp_path: Path) -> None:
     save_adapter(tuned(strategy, dtype), tmp_path / "a")
-    with pytest.raises(InputError, match=r"another base: .*q_proj\.weight#64 differs"):
+    with pytest.raises(InputError, match=r"another base: .*q_proj\.weight \(64 values of it\) differs"):
         load_adapter(sibling(), tmp_path / "a")
     load_adapter(llava().to(dtype), tmp_path / "a")
     load_adapter(sibling(), tmp_path / "a", force=True)

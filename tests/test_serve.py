@@ -797,7 +797,7 @@ COMMANDS = {  # arguments -> message
     ("--adapter", "base=x"): "the base's; give --base-name",
     ("--api-key", " "): "the API key is empty",
     ("--port", "70000"): "--port",
-    ("--adapter", "a=nowhere"): "nowhere",
+    ("--adapter", "a=nowhere"): "no adapter in nowhere (no such folder)",
 }
 
 
@@ -807,6 +807,11 @@ def test_commands_that_are_wrong(
 ) -> None:
     assert run("serve", str(mllm_folder), "--port", "0", *arguments) == 2
     assert COMMANDS[arguments] in capsys.readouterr().err
+
+
+def test_a_wrong_adapter_is_told_before_the_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", "no-model", "--port", "0", "--adapter", "a=no-adapter") == 2
+    assert "no adapter in no-adapter (no such folder)" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

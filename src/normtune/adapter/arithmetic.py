@@ -231,8 +231,7 @@ def check_same_base(a: Adapter, b: Adapter) -> None:
         )
     wrong = other_base(a.base, b.base, {**a.tensors, **b.tensors})
     if wrong is not None:
-        shown = wrong.replace("#64", " (64 values of it)")
-        raise InputError(f"the adapters belong to different bases: first {shown}; give adapters of one base")
+        raise InputError(f"the adapters belong to different bases: first {shown(wrong)}; give adapters of one base")
     for name in a.tensors.keys() & b.tensors.keys():
         if a.tensors[name].shape != b.tensors[name].shape:
             shapes = f"{tuple(a.tensors[name].shape)} and {tuple(b.tensors[name].shape)}"
@@ -251,6 +250,11 @@ def other_base(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], tra
         elif far(a[name], b[name]):
             return name
     return None
+
+
+def shown(name: str) -> str:
+    """A name that `other_base` gives, for a message."""
+    return name.replace("#64", " (64 values of it)")
 
 
 def made_of(how: str, tensors: Tensors, *adapters: Adapter) -> dict[str, Any]:

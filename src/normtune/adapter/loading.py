@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normtune.adapter.arithmetic import Adapter, Tensors, other_base
+from normtune.adapter.arithmetic import Adapter, Tensors, other_base, shown
 from normtune.adapter.files import FORMAT, Lora
 from normtune.adapter.interchange import is_peft, read_peft
 from normtune.adapter.lora import check_lora, lora_of, lora_parameters, put_lora
@@ -330,8 +330,8 @@ def verify_base(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     if wrong is not None:
         how = "differs" if wrong in own and wrong in adapter.base else "is not in both"
         raise InputError(
-            f"{folder} belongs to another base: {wrong} {how};\n"
-            "give the base that it was trained on, or force loading (--force)"
+            f"{folder} belongs to another base: {shown(wrong)} {how};\n"
+            "give the base that it was trained on (load_adapter, export and merge can be forced)"
         )
 
 

@@ -112,20 +112,23 @@ def named_folders(given: Sequence[str], base_name: str) -> dict[str, str]:
 def open_bank(base: str, named: dict[str, str], base_name: str, device: str) -> tuple[Bank, Any]:
     """The base with its own adapter, if it has one, and the named ones; its processor; says what they take."""
     import normtune
-    from normtune.adapter import adapter_folder
-    from normtune.bank.planning import planned
+    from normtune.adapter import find_adapter
+    from normtune.bank.planning import planned, size
     from normtune.progress import say
     from normtune.serving import open_base
     from normtune.tuned import place
     from normtune.world import resolve_path
 
+    others = {name: find_adapter(folder) for name, folder in named.items()}
     tuned, own = open_base(resolve_path(base))
     adapters: dict[str, Path] = {name: folder for name, folder in own if name not in named}
     if base_name in adapters:
         raise InputError(f"the run's name is {base_name!r}, as the base's; give another --base-name")
-    adapters |= {name: adapter_folder(folder) for name, folder in named.items()}
+    for name in {name for name, _ in own} & named.keys():
+        say(f"{name} is {named[name]}, in place of the adapter of {base}")
+    adapters |= others
     place(tuned.model, device)
     bank = normtune.bank(tuned.model, adapters)
     if adapters:
-        say(f"{planned(tuned.model, len(adapters))}; these take {bank.bytes / 1e6:.3g} MB")
+        say(f"{planned(tuned.model, len(adapters))}; these take {size(bank.bytes)}")
     return bank, tuned.processor
