@@ -50,6 +50,12 @@ def test_addresses_of_this_machine(host: Any) -> None:
     assert is_local(host)
 
 
+def test_addresses_of_the_interfaces_of_this_machine() -> None:
+    psutil = pytest.importorskip("psutil")
+    own = [one.address for all_ in psutil.net_if_addrs().values() for one in all_ if one.family == socket.AF_INET]
+    assert own and all(map(is_local, own))
+
+
 TRIES = {
     "connect": lambda: socket.create_connection(("93.184.216.34", 80), timeout=1),
     "look up": lambda: socket.getaddrinfo("example.org", 80),

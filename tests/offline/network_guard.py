@@ -7,6 +7,7 @@ other languages (gloo, Chromium) is not seen here; it connects to this machine a
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import socket
 import sys
@@ -22,9 +23,23 @@ def is_local(host: Any) -> bool:
     if host in (None, "", "localhost", socket.gethostname()):
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    return address.is_loopback or is_own(address)
+
+
+@functools.cache
+def is_own(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an interface of this machine has the address (Ray uses such a one): only there can be bound to it."""
+    if address.is_unspecified or address.is_multicast:
+        return False
+    with socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((str(address), 0))
+        except OSError:
+            return False
+    return True
 
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
