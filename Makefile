@@ -41,7 +41,7 @@ test: $(STAMP) ## Everything that a change must pass
 	$(BIN)/pytest -n 2
 
 test-slow: $(STAMP) ## The tests that take minutes
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow -n 2
 
 bench: $(STAMP) ## Measure the demo, the step, the strategies, banks and the server; write benchmarks/results/ and the README's tables
 	$(BIN)/python -m benchmarks.demo
