@@ -211,6 +211,16 @@ def test_lines_from_a_pipe(runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert len(out.splitlines()) == 1 and "surrogate" in err and err.count("tokens/s") == 1
 
 
+def test_a_terminal_without_the_letters_of_an_answer(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from normtune.serving import Engine, Piece
+
+    written = io.BytesIO()
+    monkeypatch.setattr(Engine, "stream", lambda *given: (Piece("caf\u00e9", 1, "stop", None) for _ in range(1)))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "ascii"))
+    assert run("chat", str(runs / "gains"), "Hello") == 0
+    assert written.getvalue() == b"caf?\n"
+
+
 def test_a_wrong_adapter_is_told_before_the_model_is_loaded(terminal: Terminal, runs: Path) -> None:
     terminal(str(runs / "no-model"), "--adapter", f"x={runs / 'no-adapter'}", code=2)
     assert "no-adapter (no such folder)" in terminal.err

@@ -43,6 +43,8 @@ def chat(
     from normtune.cli.serve import named_folders
 
     quiet_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal's encoding lacks ends nothing
     from normtune.serving import Sampling
 
     named = named_folders(adapter or [], NONE)
