@@ -450,6 +450,15 @@ def test_with_a_key_nothing_is_reached_before_it_is_given(engine: FakeEngine) ->
         assert client.get(url + "config").status_code == 200
 
 
+def test_two_servers_of_a_machine_each_keep_their_key(engine: FakeEngine) -> None:
+    """A browser sends the cookies of one port to the other."""
+    one, other = ServerSettings(api_key="one"), ServerSettings(api_key="other")
+    with served(engine, one) as first, served(engine, other) as second, httpx.Client(timeout=WAIT) as client:
+        for url, key in ((first, "one"), (second, "other")):
+            assert client.post(url, data={"key": key}).status_code == 303
+        assert [client.get(f"{url}config").status_code for url in (first, second)] == [200, 200]
+
+
 def test_uploads_are_deleted_when_the_server_ends(engine: FakeEngine, picture: Path) -> None:
     with served(engine) as url:
         own = ("own.png", picture.read_bytes() + b"own")
@@ -512,6 +521,20 @@ def test_conversations_are_bounded_and_forgotten_oldest_first() -> None:
     assert tabs.of("b").pictures == []  # the one unused for longest of more than three
     tabs.forget("c")
     assert tabs.of("c").pictures == []
+
+
+def test_a_conversation_that_is_being_answered_is_kept_and_can_be_stopped() -> None:
+    from normtune.serving.ui_conversations import Conversations, Picture
+
+    tabs = Conversations(max_bytes=100, max_tabs=2)
+    asked = tabs.of("a")
+    asked.busy = True
+    for name in "bcd":
+        tabs.of(name).pictures.append(Picture(Path(f"{name}.png"), bytes(90)))
+        tabs.trim()
+    assert tabs.busy and tabs.of("a") is asked
+    tabs.of("e").busy = True
+    assert tabs.of("f") is tabs.of("f")  # the newest stays, though all others are busy
 
 
 def test_an_answer_with_an_images_marker_ends_no_conversation() -> None:

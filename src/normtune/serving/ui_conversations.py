@@ -100,16 +100,24 @@ class Conversations:
         with self._lock:
             found = self._tabs.setdefault(tab, Conversation())
             self._tabs.move_to_end(tab)
-            while len(self._tabs) > self.max_tabs:
-                self._tabs.popitem(last=False)
+            while len(self._tabs) > self.max_tabs and self._drop():
+                pass
             return found
 
     def trim(self) -> None:
-        """Forgets the conversations unused for longest until the rest is within the bound; keeps the newest."""
+        """Forgets the conversations unused for longest until the rest is within the bound."""
         with self._lock:
-            total = sum(each.bytes for each in self._tabs.values())
-            while total > self.max_bytes and len(self._tabs) > 1:
-                total -= self._tabs.popitem(last=False)[1].bytes
+            while sum(each.bytes for each in self._tabs.values()) > self.max_bytes and self._drop():
+                pass
+
+    def _drop(self) -> bool:
+        """Forgets the conversation unused for longest; not the newest, and none that is being answered: nothing could
+        stop it any more. Under the lock."""
+        *others, _ = self._tabs
+        found = next((tab for tab in others if not self._tabs[tab].busy), None)
+        if found is not None:
+            del self._tabs[found]
+        return found is not None
 
     def forget(self, tab: str) -> None:
         """Ends what this tab is being answered and everything that it said."""

@@ -90,6 +90,12 @@ def foreign(headers: Headers) -> bool:
     return origin is not None and origin.partition("://")[2] != headers.get("host")
 
 
+def cookie_of(scope: Scope) -> str:
+    """The cookie's name at this port: a browser sends a machine's cookies to all its ports, and the keys of two servers
+    would undo each other."""
+    return f"{COOKIE}-{(scope.get('server') or ('', None))[1]}"
+
+
 class Keyed:
     """`app`, for those who know `key`."""
 
@@ -103,7 +109,7 @@ class Keyed:
         if scope["type"] != "http":  # no websocket is used
             return None
         request = Request(scope, receive)
-        if hmac.compare_digest(request.cookies.get(COOKIE, "").encode(), self.token.encode()):
+        if hmac.compare_digest(request.cookies.get(cookie_of(scope), "").encode(), self.token.encode()):
             return await self.app(scope, receive, send)
         try:
             response = await self.answer(request)
@@ -129,5 +135,5 @@ class Keyed:
             return HTMLResponse(FORM.format(message='<p role="alert">That is not the key.</p>'), 401)
         response = RedirectResponse(path, 303)
         secure = request.url.scheme == "https"
-        response.set_cookie(COOKIE, self.token, httponly=True, samesite="strict", secure=secure)
+        response.set_cookie(cookie_of(request.scope), self.token, httponly=True, samesite="strict", secure=secure)
         return response
