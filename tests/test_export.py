@@ -26,6 +26,7 @@ from normtune.errors import InputError
 from normtune.evaluation import answer, identity
 from normtune.exporting import apply_to_gguf, export_delta, model_card, read_evaluations, write_mmproj
 from normtune.exporting.gguf_base import MARK
+from normtune.exporting.mmproj import normalization
 from normtune.model import load
 from normtune.recipe import ModelRecipe
 from normtune.runlog import atomic_folder
@@ -143,11 +144,13 @@ def test_delta_names_what_it_leaves_out_and_refuses_what_it_cannot_hold(
     mllm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    write_adapter(mllm, tmp_path / "adapter")
+    write_adapter(mllm, tmp_path / "adapter", gate="image")
     assert run("export", "adapter", "--format", "delta", "--out", "out", "--json") == 0
     written = document(capsys.readouterr().out)
     assert written["left_out"] and all("projector" in name for name in written["left_out"])
-    assert json.loads(Path("out/delta.json").read_text())["base"]["model"]["path"] == str(mllm)
+    record = json.loads(Path("out/delta.json").read_text())
+    assert record["base"]["model"]["path"] == str(mllm)
+    assert (record["strategy"], record["gate"]) == ("norms+connector", "image")
     for strategy, words in (("connector", "nothing with a known base"), ("lora", "LoRA")):
         with pytest.raises(InputError, match=words):
             export_delta(tuned(llava(), strategy), tmp_path / strategy)
@@ -293,6 +296,18 @@ def test_mmproj_computes_our_features(vision: str, connector: str, half: bool, t
         assert (theirs - ours).abs().max() < 1e-5
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "mmproj.gguf").tensors}
     assert kinds["mm.0.weight"] == "F32" and kinds["v.blk.0.attn_q.weight"] == ("F16" if half else "F32")
+
+
+def test_mmproj_normalizes_as_the_processor(mllm: Path) -> None:
+    """llama.cpp scales to 0 to 1 in any case."""
+    processor = AutoProcessor.from_pretrained(mllm).image_processor
+    for changes in ({}, {"rescale_factor": 1 / 127.5}, {"do_rescale": False}, {"do_normalize": False}):
+        for name, value in changes.items():
+            setattr(processor, name, value)
+        mean, std = (torch.tensor(values) for values in normalization(processor))
+        ours = processor(Image.new("RGB", (32, 32), (200, 30, 90)), return_tensors="pt").pixel_values[0, :, 5, 5]
+        theirs = (torch.tensor([200, 30, 90]) / 255 - mean) / std
+        torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_mmproj_refuses_other_encoders_and_connectors(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def write_delta(run: str, out: Path, force: bool) -> tuple[dict[str, Any], list[
     from normtune.exporting import export_delta
 
     record = tuned.record or {}
-    kept = {key: record[key] for key in ("base", "recipe") if key in record}
+    kept = {key: record[key] for key in ("base", "recipe", "gate", "made") if record.get(key)}
     written = export_delta(tuned.model, out, **kept)
     left = written["left_out"]
     lines = [f"{out}: {written['parameters']:,} differences tuned - base, float32; base + delta gives the tuned gains"]

@@ -108,10 +108,12 @@ def write_mmproj(model: nn.Module, processor: Any, target: str | Path, *, half: 
 
 
 def normalization(processor: Any) -> tuple[list[float], list[float]]:
-    """Mean and deviation of a channel, of values 0 to 1."""
-    if not getattr(processor, "do_normalize", True):
-        return [0.0] * 3, [1.0] * 3
-    return [float(v) for v in processor.image_mean], [float(v) for v in processor.image_std]
+    """Mean and deviation of a channel, of values 0 to 1, to which llama.cpp scales whatever the processor does."""
+    mean, std = [0.0] * 3, [1.0] * 3
+    if getattr(processor, "do_normalize", True):
+        mean, std = processor.image_mean, processor.image_std
+    scale = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 255.0
+    return [float(v) / scale for v in mean], [float(v) / scale for v in std]
 
 
 def encoder_config(model: Any) -> Any:
