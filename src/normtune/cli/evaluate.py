@@ -27,7 +27,7 @@ def evaluate(
     mode: Annotated[str, typer.Option(help="generate, or likelihood (of Yes and No, on pope and mme).")] = "generate",
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of what --limit takes and --baseline shuffled shows.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Of an MLLM folder: float32 (default), bfloat16.")] = None,
     out: Annotated[Path | None, typer.Option(help="Result FILE.json, or a folder (default: the run's).")] = None,
     against: Annotated[Path | None, typer.Option(help="Another result: show the paired differences.")] = None,
