@@ -28,7 +28,7 @@ def chat(
     model: Annotated[str, typer.Argument(help="Run folder, adapter folder, MLLM folder or hub id.")],
     question: Annotated[list[str] | None, typer.Argument(help="Ask this and end, instead of a conversation.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to talk about.")] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER of another adapter, for /adapter NAME; repeat it.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER, for /adapter NAME; repeat it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Share of the likeliest tokens to draw from.")] = 1.0,
