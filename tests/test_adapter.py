@@ -7,6 +7,7 @@ import errno
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -438,8 +439,15 @@ def test_page_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     for name, rate in (("a", 1e-2), ("b", 2e-2)):
         save_adapter(tuned("layernorm-simple", torch.float32, rate), f"runs/{name}/adapter")
+
+    def open_tuned(run: str) -> Any:
+        model = llava()
+        load_adapter(model, f"{run}/adapter")
+        return SimpleNamespace(model=model)
+
+    monkeypatch.setattr("normtune.open_tuned", open_tuned)  # these runs have no recipe
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)[0]
-    names: dict[str, Any] = {"model": llava()}
+    names: dict[str, Any] = {}
     exec(compile(code, PAGE.name, "exec"), names)
     assert (tmp_path / "for-peft" / "adapter_config.json").is_file()
     again = llava()
