@@ -213,7 +213,7 @@ def test_folders_that_cannot_be_put_in_place_are_refused_first(
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "dangling").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path / "current")
-    for out, words in ((".", "give a new one in it: exported"), ("../link", "is a link"), ("../dangling", "is a link")):
+    for out, words in ((".", "give a new one in it: new"), ("../link", "is a link"), ("../dangling", "is a link")):
         for command in (["export", "x"], ["merge", "x"], ["merge", "x", "y"]):
             assert run(*command, "--out", out) == 2
             assert words in capsys.readouterr().err

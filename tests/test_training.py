@@ -347,6 +347,23 @@ def test_a_folder_that_another_makes_meanwhile_is_left_alone(tmp_path: Path) -> 
     assert (tmp_path / "empty" / "mine").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("out", "words"), [(".", "give a new one in it"), ("link", "is a link"), ("lost", "is a link")]
+)
+def test_folders_that_cannot_be_put_in_place_are_refused_first(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, words: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "here" / "lost").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / ("empty" if out == "." else "here"))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=words):
+        train(recipe, out=out, quiet=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_torn_log_line_harms_no_other(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text('{"a": 1}\n{"a": 2')

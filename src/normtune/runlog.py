@@ -43,16 +43,28 @@ PACKAGES = (
 )
 
 
+def refuse_taken(path: Path) -> None:
+    """Raises InputError where no new folder can be put in place as a whole, with what to do."""
+    if path.is_symlink():
+        raise InputError(f"{path} is a link, and would be replaced by a folder; give the folder that it names")
+    if not path.exists():
+        return
+    if not path.is_dir() or any(path.iterdir()):
+        raise InputError(f"{path} exists already; choose another folder or remove it")
+    if path.resolve() == Path.cwd() or path.is_mount():
+        raise InputError(f"{path} is in use (the current folder, or a mount); give a new one in it: {path / 'new'}")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `path` that becomes `path` when the block ends well, and nothing otherwise.
 
     Raises:
-        InputError: `path` exists and is not empty (unless `replace`), or its parent cannot be written.
+        InputError: `path` is taken (unless `replace`; see `refuse_taken`), or its parent cannot be written.
         JobError: the disk is full, or writing failed otherwise.
     """
-    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists already; choose another folder or remove it")
+    if not replace:
+        refuse_taken(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
@@ -247,6 +259,7 @@ class Run:
             raise InputError(
                 f"run folder {folder} exists already; go on with --resume, choose another with --out, or remove it"
             )
+        refuse_taken(folder)
 
     @staticmethod
     def create(folder: Path, recipe_text: str) -> Run:

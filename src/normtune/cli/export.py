@@ -82,14 +82,9 @@ def files_below(folder: Path) -> dict[str, int]:
 def prepare(out: Path) -> None:
     """Raises InputError where `out` is taken or cannot be put in place as a whole, before anything is loaded."""
     from normtune.cli.output import quiet_libraries
-    from normtune.errors import InputError
+    from normtune.runlog import refuse_taken
 
-    if out.is_symlink():
-        raise InputError(f"{out} is a link, and would be replaced by a folder; give the folder that it names")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already; choose another --out or remove it")
-    if out.exists() and (out.resolve() == Path.cwd() or out.is_mount()):
-        raise InputError(f"{out} is in use (the current folder, or a mount); give a new one in it: {out / 'exported'}")
+    refuse_taken(out)
     quiet_libraries()
 
 
