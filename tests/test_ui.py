@@ -191,7 +191,12 @@ class Tab:
         return str(found.inner_text())
 
     def restart(self) -> None:
-        self.button("New conversation").click()
+        def cleared(answer: Any) -> bool:
+            asked = answer.request.post_data_json if "run/predict" in answer.url else None
+            return asked is not None and asked["data"] == []
+
+        with self.page.expect_response(cleared):  # the page is emptied by it, and by the last of what was forgotten
+            self.button("New conversation").click()
         self.page.get_by_text("Answers appear here.").first.wait_for()
         self.page.locator("#message [role=alert]").wait_for(state="detached")
 
@@ -246,6 +251,25 @@ def test_two_models_answer_side_by_side_and_one_that_joins_sees_the_pictures(tab
     tab.ask("third")
     tab.wait("shapes answers third, turn 3")
     tab.wait("base answers third, turn 2", 1)
+
+
+def test_what_is_typed_after_new_conversation_stays(tab: Tab) -> None:
+    """The box is emptied at the click, and not when the server has answered."""
+    tab.ask("first")
+    tab.wait("colours answers first, turn 1, pictures none, t 0.0")
+    box = tab.page.get_by_role("textbox", name="Question")
+    box.fill("to be dropped")
+
+    def late(route: Any) -> None:
+        if route.request.post_data_json["data"] == []:  # the click's; the timer asks as well
+            tab.until(lambda: box.input_value() == "")
+            box.fill("typed since")
+        route.continue_()
+
+    tab.page.route("**/run/predict*", late)
+    tab.restart()
+    tab.page.unroute("**/run/predict*")
+    assert box.input_value() == "typed since"
 
 
 def test_stop_keeps_what_was_said(tab: Tab, engine: FakeEngine) -> None:

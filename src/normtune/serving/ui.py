@@ -49,6 +49,7 @@ NONE, BASE = "<none>", "<base>"  # values of a choice that are no adapter's name
 MARGIN = 2**16  # bytes around an uploaded file
 REFRESH = 5.0  # seconds between two looks at which adapters there are
 NOTHING = {"text": "", "files": []}  # in the question's box
+EMPTY_BOX = "() => ({text: '', files: []})"
 EMPTY = [[], [], "", "", ""]  # chats, figures and message of a new conversation
 KEEP = 3600  # seconds that an uploaded file is kept at most; all go when the server ends
 FILE_TYPES = [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
@@ -136,7 +137,11 @@ class Page:
                 concurrency_limit=None, trigger_mode="multiple", **private,
             )  # fmt: skip
             stop.click(self.stop, None, None, **direct)
-            gr.on([new.click, chat.clear, chat2.clear], self.clear, None, shown, **direct)
+            cleared = [new.click, chat.clear, chat2.clear]
+            gr.on(
+                cleared, None, None, [box], js=EMPTY_BOX, **private
+            )  # at once: later it would take what is typed by then
+            gr.on(cleared, self.clear, None, shown, **direct)
             chosen = [first, second]
             gr.on([first.change, second.change], self.choose, chosen, [chat, chat2, column2], **direct)
             known = gr.State(None)  # a page may be opened when the last adapter is gone
@@ -239,7 +244,7 @@ class Page:
 
     def clear(self, request: gr.Request) -> list[Any]:
         self.conversations.forget(request.session_hash)
-        return [NOTHING, *EMPTY, *buttons(True)]
+        return [gr.skip(), *EMPTY, *buttons(True)]
 
     def leave(self, request: gr.Request) -> None:
         self.conversations.forget(request.session_hash)
