@@ -48,8 +48,8 @@ bench: $(STAMP) ## Measure the demo, the step, the strategies, banks and the ser
 	$(BIN)/python -m benchmarks.step --readme
 	$(BIN)/python -m benchmarks.step --threads 1
 	$(BIN)/python -m benchmarks.compare
-	$(BIN)/python -m benchmarks.bank --readme
-	$(BIN)/python -m benchmarks.serve --readme
+	$(BIN)/python -m benchmarks.bank --docs
+	$(BIN)/python -m benchmarks.serve --docs
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

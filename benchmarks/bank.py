@@ -4,7 +4,7 @@ Llama shapes with random weights, text alone. Ways take turns at each step, so t
 a ratio is the median over rounds of the quotient within a round, with its quartiles. Decoding: one token per row and
 step on a KV cache; prefill: the prompts. The base alone is a model without a bank around the same weights. Switching:
 `set_adapter`, and a batch of another composition in a bank (gathering its gains, making its forwards). Figures go to
-benchmarks/results/bank.json (or --json FILE) and, with `--readme`, into the README's table; `--table` measures nothing.
+benchmarks/results/bank.json (or --json FILE) and, with `--docs`, into docs/adapters.md; `--table` measures nothing.
 `--quick` is for a look.
 """
 
@@ -24,12 +24,13 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import normtune as nt
 from benchmarks.ceilings import synchronize
-from benchmarks.readme import write_table
+from benchmarks.readme import DOCS, write_table
 from normtune.adapter import Adapter, load_adapter, set_adapter
 from normtune.adapter.loading import capture
 from normtune.bank import Bank, Entry
 from normtune.runlog import provenance, write_json
 
+PAGE = DOCS / "adapters.md"
 RESULTS = Path(__file__).parent / "results" / "bank.json"
 ROWS, PROMPT = 16, 64
 BASE = "base alone"
@@ -254,7 +255,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="the tiny shape in fp32, 3 rounds, nothing written")
-    parser.add_argument("--readme", action="store_true", help="write the README's table, too")
+    parser.add_argument("--docs", action="store_true", help="write the table in docs/adapters.md, too")
     parser.add_argument("--table", action="store_true", help="measure nothing: take the stored figures")
     options = parser.parse_args()
     if options.quick:
@@ -264,8 +265,8 @@ def main() -> None:
     if not (options.quick or options.table):
         options.json.parent.mkdir(exist_ok=True)
         write_json(options.json, found)
-    if options.readme:
-        write_table("bank", table(found))
+    if options.docs:
+        write_table("bank", table(found), PAGE)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Tables in README.md, each between two marks of its own: written by the benchmarks, never by hand."""
+"""Tables in README.md and docs, each between two marks of its own: written by the benchmarks, never by hand."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 
 
-def write_table(name: str, table: str, readme: Path = README) -> None:
+def write_table(name: str, table: str, page: Path = README) -> None:
     """Replaces what stands between the marks of table `name`."""
-    readme.write_text(with_table(readme.read_text(), name, table))
+    page.write_text(with_table(page.read_text(), name, table))
 
 
 def with_table(text: str, name: str, table: str) -> str:
@@ -17,5 +18,5 @@ def with_table(text: str, name: str, table: str) -> str:
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"README.md lacks the marks {begin} and {end}")
+        raise SystemExit(f"the page lacks the marks {begin} and {end}")
     return f"{before}{begin}\n{table}\n{end}{after}"

@@ -7,8 +7,8 @@ image, a third with it (a few words each), a third for a description in detail (
 an answer is there. Every answer must be the greedy one that `normtune evaluate` gives offline in fp32 on that adapter
 alone; a tie (a second-best token within 1e-4 somewhere) is counted apart. Then the same server with --no-batching gets
 a part of the same requests. Resident memory of the server is read five times a second. Figures go to
-benchmarks/results/serve.json (or --json FILE) and, with `--readme`, into the README's table; `--table`
-measures nothing. `--runs` keeps the adapters for another time.
+benchmarks/results/serve.json (or --json FILE) and, with `--docs`, into docs/serving.md and the
+README; `--table` measures nothing. `--runs` keeps the adapters for another time.
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ from typing import Any
 
 import httpx
 
-from benchmarks.readme import write_table
+from benchmarks import bank
+from benchmarks.readme import DOCS, write_table
+from benchmarks.serve_tables import in_short, show, table
 from normtune.progress import quiet_libraries
 from normtune.runlog import provenance, write_json
 
+PAGE = DOCS / "serving.md"
 RESULTS = Path(__file__).parent / "results" / "serve.json"
 RECIPE = Path(__file__).parents[1] / "recipes" / "world.yaml"
 ADAPTERS: dict[str, dict[str, Any]] = {  # what differs from the recipe's last stage
@@ -86,7 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of each training stage")
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1, help="of the server's matrix products")
-    parser.add_argument("--readme", action="store_true", help="write the README's table, too")
+    parser.add_argument("--docs", action="store_true", help="write what docs/serving.md and the README show, too")
     parser.add_argument("--table", action="store_true", help="measure nothing: take the stored figures")
     options = parser.parse_args()
     result = json.loads(options.json.read_text()) if options.table else measured(options)
@@ -94,8 +97,9 @@ def main() -> None:
         options.json.parent.mkdir(exist_ok=True)
         write_json(options.json, result)
     show(result)
-    if options.readme:
-        write_table("serve", table(result))
+    if options.docs:
+        write_table("serve", table(result), PAGE)
+        write_table("serving", in_short(result, json.loads(bank.RESULTS.read_text())))
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
@@ -303,49 +307,6 @@ def quantile(times: Sequence[float], share: float) -> float:
 
 def counted(metrics: str, name: str) -> int:
     return next(int(float(line.split()[1])) for line in metrics.splitlines() if line.startswith(f"{name} "))
-
-
-def table(result: dict[str, Any]) -> str:
-    """Both servers side by side, as Markdown."""
-    settings, facts = result["settings"], result["provenance"]
-    versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "fastapi", "uvicorn"))
-    columns = {"batching": f"{settings['slots']} at a time", "alone": "one at a time"}
-    rows = [result[key] for key in columns]
-    memory = [row["resident_bytes"] for row in rows]
-    lines: list[list[str]] = [
-        ["", *columns.values()],
-        ["---"] * 3,
-        ["requests (with an image)", *(f"{row['requests']:,} ({row['with_image']})" for row in rows)],
-        ["requests/s", *(f"{row['per_second']:.1f}" for row in rows)],
-        *([p, *(f"{row['latency_seconds'][p]:.2f} s" for row in rows)] for p in ("p50", "p90", "p99")),
-        ["wrong, lost", *(f"{row['wrong']}, {row['lost']}" for row in rows)],
-        ["MiB in memory, start to end", *(f"{one['start'] >> 20} to {one['end'] >> 20}" for one in memory)],
-    ]
-    return "\n".join(
-        [
-            *(f"| {' | '.join(cells)} |" for cells in lines),
-            "",
-            f"{settings['clients']} clients, four adapters and the base of the embedded world mixed, answers of up to "
-            f"{settings['max_tokens']} tokens, each compared with the offline one.",
-            f"Server and clients on {facts['cores']} cores of {facts['processor']}; {versions}.",
-        ]
-    )
-
-
-def show(result: dict[str, Any]) -> None:
-    for name in ("batching", "alone"):
-        row = result[name]
-        latency = ", ".join(f"{key} {value:.2f} s" for key, value in row["latency_seconds"].items())
-        memory = ", ".join(
-            f"{key} {100 * value:.1f} %" if key == "growth" else f"{key} {value / 2**20:.0f} MiB"
-            for key, value in row["resident_bytes"].items()
-        )
-        print(
-            f"{name:9} {row['requests']:5} requests ({row['with_image']} with an image)  {row['per_second']:7.1f}/s  "
-            f"{latency}  lost {row['lost']}, wrong {row['wrong']}, ties {row['ties_that_differ']}\n"
-            f"{'':9} memory: {memory}"
-        )
-    print(f"batching x {result['ratio']:.2f}")
 
 
 if __name__ == "__main__":

@@ -77,5 +77,10 @@ def test_the_demo_in_the_readme_is_the_committed_one() -> None:
 
 
 @pytest.mark.parametrize("module", [bank, serve], ids=["bank", "serve"])
-def test_serving_in_the_readme_is_the_committed_one(module: Any) -> None:
-    assert module.table(json.loads(module.RESULTS.read_text())) in readme.README.read_text()
+def test_serving_in_the_docs_is_the_committed_one(module: Any) -> None:
+    assert module.table(json.loads(module.RESULTS.read_text())) in module.PAGE.read_text()
+
+
+def test_serving_in_the_readme_is_the_committed_one() -> None:
+    results = [json.loads(module.RESULTS.read_text()) for module in (serve, bank)]
+    assert serve.in_short(*results) in readme.README.read_text()
