@@ -37,10 +37,10 @@ def in_short(result: dict[str, Any], banked: dict[str, Any]) -> str:
     shape = banked["shapes"]["100M float32"]
     mixed = next(row for row in shape["rows"] if row["way"] == f"bank, {banked['batch']} adapters")
     row, facts = result["batching"], result["provenance"]
-    ratio, size = mixed["decode_ratio"][1], f"{shape['parameters'] / 1e6:.0f} M parameters, fp32"
+    rows, ratio, size = banked["batch"], mixed["decode_ratio"][1], f"{shape['parameters'] / 1e6:.0f} M parameters, fp32"
     clients, times = result["settings"]["clients"], f"{result['ratio']:.1f} times those without batching"
     return (
-        f"{banked['batch']} rows on {banked['batch']} adapters take {ratio:.2f} times as long as on the base ({size});\n"
+        f"{rows} rows on {rows} adapters take {ratio:.2f} times as long as on the base, {size};\n"
         f"{clients} clients of the server get {row['per_second']:.0f} answers/s, {times}; "
         f"of {row['requests']:,} answers {row['wrong']} were wrong, {row['lost']} lost.\n"
         f"{facts['cores']} cores of {facts['processor']}, torch {facts['versions']['torch']}."
