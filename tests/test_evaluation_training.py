@@ -18,7 +18,7 @@ from normtune.errors import InputError
 from normtune.evaluation import Settings, evaluate_model
 from normtune.evaluation.during import during_training
 from normtune.model import load
-from normtune.recipe import load_recipe
+from normtune.recipe import load_recipe, to_yaml
 from normtune.training import Interrupted, train
 from normtune.training import loop as stage_loop
 from normtune.tuned import Tuned, open_tuned
@@ -175,10 +175,12 @@ def test_the_recipes_limit_holds_for_the_recipes_questions(
     recipe: dict[str, Any],
     data: Path,
     mllm_folder: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe["evaluate"].update(limit=6, data=str(data))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(load_recipe(recipe)))
     model, processor = load(mllm_folder)
     tuned = Tuned(model, processor, load_recipe(recipe))
     monkeypatch.setattr("normtune.tuned.open_tuned", lambda path, dtype=None: tuned)
@@ -191,7 +193,7 @@ def test_the_recipes_limit_holds_for_the_recipes_questions(
 
     monkeypatch.setattr("normtune.evaluation.evaluate_into", look)
     words = [str(data) if word == "DATA" else word for word in words]
-    assert run("evaluate", "some/run", "--json", *words) == 0
+    assert run("evaluate", str(tmp_path), "--json", *words) == 0
     assert [settings.limit for settings in asked] == [limit]
     assert ("limit 6 (the recipe's)" in capsys.readouterr().err) == shown
 
