@@ -25,6 +25,9 @@ from zoo import Row
 
 SOURCE = Path(__file__).parents[1] / "src" / "normtune"
 rows = pytest.mark.parametrize(("name", "row"), zoo.ZOO.items(), ids=zoo.ZOO)
+common_rows = pytest.mark.parametrize(
+    ("name", "row"), [pytest.param(n, zoo.ZOO[n], id=n, marks=zoo.beyond_common(n)) for n in zoo.ZOO]
+)
 
 
 def below(model: Any, roots: Sequence[str]) -> set[str]:
@@ -116,7 +119,7 @@ def rms(difference: torch.Tensor) -> float:
 
 
 @pytest.mark.heavy
-@rows
+@common_rows
 def test_fp32_logits_stay(name: str, row: Row) -> None:
     before = logits(zoo.model(name), name, torch.float32)
     model = zoo.model(name)
@@ -144,7 +147,7 @@ def test_bf16_logits_are_no_further_from_fp64(name: str) -> None:
 
 
 @pytest.mark.heavy
-@rows
+@common_rows
 def test_bf16_norms_are_no_further_from_fp64(name: str, row: Row) -> None:
     """Each norm's output and its gradients, beside the untouched module: rms over 4096 values; gains' in fp32."""
     original, tuned = zoo.model(name).bfloat16(), zoo.model(name).bfloat16()
@@ -189,7 +192,7 @@ def test_gradients(name: str, row: Row) -> None:
 
 
 @pytest.mark.heavy
-@rows
+@common_rows
 def test_a_step_on_a_bf16_base_moves_every_gain(name: str, row: Row) -> None:
     model = zoo.model(name).bfloat16()
     report = apply(model, "layernorm-simple")

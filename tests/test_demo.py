@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from command import run
+from normtune.cli import demo_runs
 from normtune.cli.demo import next_folder
 from normtune.cli.demo_report import verdict
 
@@ -28,7 +29,9 @@ ROWS = ("chance", "stage1", "connector", "connector+embed+head", "layernorm-simp
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("demo") / "out"
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    small = {"stages.0.max_steps": 3, "stages.1.max_steps": 3, "evaluate.limit": 24}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(demo_runs, "QUICK", small)
         assert run("demo", "--quick", "--json", "--out", str(folder)) == 0
     return json.loads(printed.getvalue())  # type: ignore[no-any-return]
 

@@ -746,9 +746,9 @@ def tensors() -> int:
 def test_nothing_is_left_of_what_is_finished(make: Callable[..., Engine]) -> None:
     with make(slots=4, image_cache_bytes=3 * 16 * 32 * 4) as engine:
         held = []
-        for round_ in range(4):
-            told = [Told() for _ in range(20)]
-            for ask, one in zip(mixed(20, round_), told, strict=True):
+        for round_ in range(3):
+            told = [Told() for _ in range(16)]
+            for ask, one in zip(mixed(16, round_), told, strict=True):
                 submit(engine, ask, one, temperature=float(ask.length % 2))
             assert all(one.finish for one in told)
             while engine.stats.running:

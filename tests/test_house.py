@@ -87,7 +87,7 @@ def test_files_and_functions_stay_small(path: Path) -> None:
             assert length <= 75, f"{node.name} has {length} lines"
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_core_needs_no_pydantic() -> None:
     code = "import sys, normtune.strategy, normtune.memory; assert 'pydantic' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

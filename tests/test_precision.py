@@ -58,7 +58,7 @@ def streams(model: nn.Module) -> Iterator[list[torch.dtype]]:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=TAKES_SLICES) if k == "dbrx" else k for k in zoo.common_first()]
+    "kind", [pytest.param(k, marks=TAKES_SLICES if k == "dbrx" else zoo.beyond_common(k)) for k in zoo.ZOO]
 )
 def test_full_tuning_of_a_bf16_base_keeps_its_stream_and_has_fp32_gradients(kind: str) -> None:
     """Every kind of module that can hold a parameter, in one strategy."""
@@ -78,7 +78,7 @@ def test_full_tuning_of_a_bf16_base_keeps_its_stream_and_has_fp32_gradients(kind
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("kind", zoo.ZOO)
+@pytest.mark.parametrize("kind", zoo.common_first())
 def test_each_norm_is_as_exact_as_its_original_and_has_its_gradient(kind: str) -> None:
     """Output in bf16 against fp64; gradient of the gain against autograd through the original module in fp32."""
     model = model_of(kind, BF16)

@@ -665,7 +665,8 @@ def raise_input_error() -> None:
     raise InputError("a broken image")
 
 
-@pytest.mark.parametrize("kills", [pytest.param(1, marks=pytest.mark.heavy), pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [20])
 def test_killed_at_random_moments(kills: int, tmp_path: Path) -> None:
     found = crash(tmp_path, kills, seed=kills)
     assert found["kills"] == kills and found["differing"] == []

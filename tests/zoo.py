@@ -591,10 +591,15 @@ COMMON = (
 GAINLESS: dict[str, Row] = {"olmo": llama_like("olmo"), "nanochat": llama_like("nanochat")}
 
 
-def common_first() -> list[Any]:
-    """Parameters of a test that takes long: all of the zoo, those beyond COMMON in the slow tests."""
+def beyond_common(name: str) -> list[pytest.MarkDecorator]:
+    """Marks of a row of a test that takes long: those of the zoo beyond COMMON are slow tests."""
     assert set(COMMON) <= set(ZOO)
-    return [name if name in COMMON else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+    return [] if name in COMMON else [pytest.mark.slow]
+
+
+def common_first() -> list[Any]:
+    """Parameters of a test that takes long, by name."""
+    return [pytest.param(name, marks=beyond_common(name)) for name in ZOO]
 
 
 def skeleton(name: str) -> Any:
