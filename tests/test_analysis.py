@@ -481,16 +481,16 @@ def test_the_command_and_its_report(
 ) -> None:
     recipe = toy_recipe(tiny_llm(tmp_path / "other", "qwen2"), vision_folder, toy_folder)
     train(recipe, out=tmp_path / "elsewhere" / "simple", quiet=True)
-    folders = [str(runs["simple"]), str(runs["lora"]), str(tmp_path / "elsewhere" / "simple")]
+    folders = [str(runs["simple"]), str(tmp_path / "elsewhere" / "simple")]
     out = tmp_path / "report"
     held = ("--data", str(toy_folder / "data.json"), "--images", str(toy_folder / "images"))
     options = ("--samples", "4", "--batches", "2", "--limit", "2")
     assert run("analyze", *folders, "--out", str(out), *held, *options) == 0
     said = capsys.readouterr().out
-    assert "lora+norms" in said and str(out / "report.html") in said
+    assert "layernorm-simple" in said and str(out / "report.html") in said
     result = json.loads((out / "analysis.json").read_text())
     labels = list(result["runs"])
-    assert [label.rpartition("/")[2] for label in labels] == ["simple", "lora", "simple"] and len(set(labels)) == 3
+    assert [label.rpartition("/")[2] for label in labels] == ["simple", "simple"] and len(set(labels)) == 2
     page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
     assert page.count("<svg") > 10
     for shown in (page, text):

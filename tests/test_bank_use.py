@@ -44,7 +44,7 @@ def test_gains_are_stored_in_floating_point() -> None:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gemma"))])
 def test_gains_of_past_compositions_wait_for_no_collector(kind: str, dtype: torch.dtype) -> None:
     """Nor does an adapter with a head of its own, once it was removed."""
     model: Any = text_model(kind).to(dtype)

@@ -811,7 +811,14 @@ def llava_next(folder: Path) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("build", "joins"),
-    [(sliding, False), (recurrent, False), (learned, True), (alibi, True), (qwen2_vl, False), (llava_next, False)],
+    [
+        (sliding, False),
+        (recurrent, False),
+        pytest.param(learned, True, marks=pytest.mark.slow),
+        (alibi, True),
+        (qwen2_vl, False),
+        pytest.param(llava_next, False, marks=pytest.mark.slow),
+    ],
 )
 def test_other_models(build: Callable[[Path], None], joins: bool, tmp_path: Path) -> None:
     """Rows that cannot join a batch wait for one another; the answers are the same."""

@@ -75,7 +75,7 @@ def test_scores_are_those_of_an_evaluation(recipe: dict[str, Any], data: Path, t
     assert evaluate_model(trained.model, trained.processor, ["pope"], data, limit=4)["pope"] == seen[1]["pope"]
 
 
-@pytest.mark.parametrize("strategy", ["layernorm", pytest.param("lora", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("strategy", ["layernorm", pytest.param("lora", marks=pytest.mark.slow)])
 def test_training_is_the_same_with_and_without(recipe: dict[str, Any], strategy: str, tmp_path: Path) -> None:
     recipe["stages"][1].update(strategy=strategy, lora={"rank": 4, "alpha": 8, "dropout": 0.1})
     train(recipe, out=tmp_path / "with", quiet=True, evaluate=during_training(load_recipe(recipe)))

@@ -278,7 +278,7 @@ def test_int8_bytes_are_those_of_bitsandbytes() -> None:
     assert int8_bytes(96, 128) == packed.nbytes + scales.nbytes
 
 
-@pytest.mark.parametrize("memory", [0.4e6, 3e6, 30e6])
+@pytest.mark.parametrize("memory", [0.4e6, 3e6, pytest.param(30e6, marks=pytest.mark.slow)])
 def test_the_largest_batch_fits_and_one_more_does_not(memory: float) -> None:
     job = Job(llava, stage("layernorm-simple"), Shape(1, 64, SUPERVISED), "bfloat16")
     best, limit = job.largest_batch(memory), 0.95 * memory

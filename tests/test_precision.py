@@ -108,7 +108,7 @@ def test_each_norm_is_as_exact_as_its_original_and_has_its_gradient(kind: str) -
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("rate", [1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("rate", [1e-5, pytest.param(1e-4, marks=pytest.mark.slow), 1e-3])
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
 def test_100_steps_move_every_gain_of_a_bf16_base(kind: str, rate: float) -> None:
     model, batch = model_of(kind, BF16), zoo.batch(kind, BF16)

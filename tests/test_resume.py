@@ -90,7 +90,7 @@ def cut_to(done: Path, folder: Path, stage: str, step: int) -> Path:
     [
         {},
         pytest.param({"strategy": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}, marks=pytest.mark.slow),
-        pytest.param({"packing": True, "cache_features": True, "schedule": "linear"}, marks=pytest.mark.heavy),
+        pytest.param({"packing": True, "cache_features": True, "schedule": "linear"}, marks=pytest.mark.slow),
         pytest.param({"strategy": ["norms", "vision_norms"], "weight_decay": 0.1}, marks=pytest.mark.slow),
         pytest.param({"activations": "8bit", "checkpoint_activations": True}, marks=pytest.mark.slow),
     ],

@@ -330,12 +330,12 @@ def picture_of(kind: str, folder: Path) -> Path:
     ("question", "kind", "words"),
     [
         ("what is it?", "broken", "no image that Pillow knows"),
-        ("what is it?", "pixels", "more than 10,000 pixels"),
+        pytest.param("what is it?", "pixels", "more than 10,000 pixels", marks=pytest.mark.slow),
         ("a full queue", "", "the queue is full; ask again"),
-        ("too long", "", "has 900 tokens"),
+        pytest.param("too long", "", "has 900 tokens", marks=pytest.mark.slow),
         ("break", "", "the model stumbled"),
         ("bug", "", "the server failed; its log says why"),
-        ("  ", "", "ask something"),
+        pytest.param("  ", "", "ask something", marks=pytest.mark.slow),
     ],
 )
 def test_what_goes_wrong_is_told_on_one_line(tab: Tab, tmp_path: Path, question: str, kind: str, words: str) -> None:
