@@ -349,12 +349,15 @@ def test_what_goes_wrong_is_told_on_one_line(tab: Tab, tmp_path: Path, question:
 
 def test_keyboard_alone_asks_and_settings_reach_the_model(tab: Tab) -> None:
     tab.page.locator("#settings button").first.press("Enter")
-    heat = tab.page.get_by_role("spinbutton", name="Temperature")
+    heat, box = tab.page.get_by_role("spinbutton", name="Temperature"), tab.page.get_by_role("textbox", name="Question")
+    slider = tab.page.locator("#settings input[type=range]").first
     for turn, value in enumerate(("0.5", "0"), 1):
         heat.fill(value)
         heat.press("Tab")
-        tab.page.get_by_role("textbox", name="Question").focus()
+        tab.until(lambda value=value: slider.input_value() == value)  # type: ignore[misc]  # the page has taken it
+        box.focus()
         tab.page.keyboard.type(f"by keys at {value}")
+        tab.until(lambda value=value: box.input_value() == f"by keys at {value}")  # type: ignore[misc]
         tab.page.keyboard.press("Enter")
         # to its last word: before, Enter asks nothing
         tab.wait(f"colours answers by keys at {value}, turn {turn}, pictures none, t {float(value)}")
